@@ -1,0 +1,1 @@
+"""What may train: one frozen value and one plan for each method."""

@@ -1,0 +1,134 @@
+"""Head-only training, and how any method's trained copies of modules are planned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from rankwise.attach import Placement, Plan
+from rankwise.errors import UserError, gather, nearest
+from rankwise.targets import Site, find_head, matches, shared_weights, sites
+
+__all__ = [
+    "HeadOnly",
+    "copies",
+    "describe_copies",
+    "extra_modules",
+    "head_modules",
+    "outermost",
+    "tied_partners",
+    "untied_notes",
+]
+
+
+@dataclass(frozen=True)
+class HeadOnly:
+    """Train the output layer alone, on frozen features: what LoRA must beat to be worth it.
+
+    Attributes:
+        modules_to_save: further modules that train whole, by name, suffix or pattern.
+    """
+
+    modules_to_save: tuple[str, ...] = ()
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Copies of the head that train, beside a frozen base.
+
+        Raises:
+            UserError: the model has no output layer, or a name matches nothing.
+        """
+        names = [*head_modules(model), *extra_modules(model, self.modules_to_save)]
+        if not names:
+            raise UserError(
+                f"{type(model).__name__} has no output layer that Rankwise can find, so there is "
+                "nothing to train. Name the module in modules_to_save."
+            )
+        placements = copies(model, names)
+        notes = (describe_copies(placements), *untied_notes(model, placements))
+        return Plan(self, placements, notes=notes)
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that make up the head; empty when there is none."""
+    return find_head(model).names
+
+
+def extra_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the modules that the patterns mean, each once.
+
+    Raises:
+        UserError: a pattern means no module that has parameters.
+    """
+    table = sites(model)
+    whole = [n for n, s in table.items() if any(True for _ in s.module.parameters())]
+    chosen: list[str] = []
+    problems: list[str] = []
+    for pattern in patterns:
+        found = [name for name in whole if matches(pattern, name)]
+        if not found:
+            ends = dict.fromkeys(name.rpartition(".")[2] for name in whole)
+            problems.append(
+                f"'{pattern}' matches no module with parameters.{nearest(pattern, [*ends, *whole])}"
+            )
+        chosen.extend(found)
+    gather(UserError, "modules_to_save", problems)
+    return list(dict.fromkeys(chosen))
+
+
+def outermost(names: Sequence[str]) -> list[str]:
+    """The names that lie inside none of the others, each once."""
+    return [n for n in dict.fromkeys(names) if not any(n.startswith(o + ".") for o in names)]
+
+
+def copies(model: nn.Module, names: Sequence[str]) -> tuple[Placement, ...]:
+    """Placements that put a trained copy in the place of each named module, the original kept.
+
+    A module inside another named one is copied with it.
+    """
+    table = sites(model)
+    return tuple(Placement(table[name], copy.deepcopy) for name in outermost(names))
+
+
+def tied_partners(model: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, list[str]]]:
+    """Each named module that shares a weight with other modules, and the names of those.
+
+    One module that hangs in two places is no partner of itself.
+    """
+    groups = shared_weights(model)
+    for name in names:
+        own = {id(module) for module in model.get_submodule(name).modules()}
+        owners = [[n.rpartition(".")[0] for n in group] for group in groups]
+        others = [
+            other
+            for group in owners
+            if any(id(model.get_submodule(o)) in own for o in group)
+            for other in group
+            if id(model.get_submodule(other)) not in own
+        ]
+        if others:
+            yield name, list(dict.fromkeys(others))
+
+
+def untied_notes(model: nn.Module, placements: Sequence[Placement]) -> Iterable[str]:
+    """One sentence for each trained copy whose original shares a weight with another module."""
+    for name, others in tied_partners(model, [p.site.name for p in placements]):
+        yield (
+            f"'{name}' shares its weight with {', '.join(others)}: the copy that trains is "
+            "separate from it, and so is the merged model's."
+        )
+
+
+def describe_copies(placements: Sequence[Placement]) -> str:
+    """One sentence that tells which modules train whole and how many parameters they hold."""
+    parts = [f"{p.site.name} ({_size(p.site):,} parameters)" for p in placements]
+    return (
+        f"Trained whole and saved with the adapter: {', '.join(parts)}. "
+        "The rest of the base is frozen."
+    )
+
+
+def _size(site: Site) -> int:
+    return sum(p.numel() for p in site.module.parameters())
