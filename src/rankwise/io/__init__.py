@@ -1,0 +1,1 @@
+"""What crosses the threshold: files written whole or not at all, and read with suspicion."""
