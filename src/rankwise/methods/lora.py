@@ -57,7 +57,8 @@ class LoRA:
 
     Attributes:
         r: rank of the update, 1 or more.
-        alpha: α in s = α/r; None means 2·r of each layer, so that s stays 2 whatever the rank.
+        alpha: α in s = α/r; None means 2·r of each layer, so that s stays 2 whatever the rank
+            (with rank_stabilized s would be 2√r, so give alpha there).
         target_modules: names (a module's own, or the end of its dotted name), regular expressions
             that match the whole name, or ``"all-linear"``. None means the query and value
             projections of attention (Hu et al. 2021, section 4.2), where the architecture is one
