@@ -1,0 +1,77 @@
+"""`rankwise plan`: what would be adapted, without loading a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rankwise.cli.console import table
+from rankwise.cli.options import given, with_options
+
+if TYPE_CHECKING:
+    from rankwise.train.planning import ModelPlan
+
+__all__ = ["command"]
+
+
+@with_options(groups=("Method",), names=("model", "revision", "task"))
+def command(
+    *,
+    labels: Annotated[int, typer.Option(min=1, help="Classes of a classification head.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    **options: Any,
+) -> None:
+    """Show which layers a method would adapt, their r and α, and what that costs.
+
+    Example: rankwise plan --model roberta-base --r 8 --target-modules query,value
+    """
+    from rankwise.train.config import make_config
+
+    values = {"data": "", "out": "", **given(options)}
+    settings = make_config(values, "The options of rankwise plan")
+    from rankwise.train.planning import plan_model
+
+    made = plan_model(settings, labels)
+    print(json.dumps(dataclasses.asdict(made), indent=2) if as_json else _text(made))
+
+
+def _text(plan: ModelPlan) -> str:
+    rows = [
+        [
+            layer.name,
+            layer.type,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            str(layer.r),
+            f"{layer.alpha:g}",
+            f"{layer.parameters:,}",
+        ]
+        for layer in plan.layers
+    ]
+    parts = [table(["layer", "type", "out x in", "r", "alpha", "parameters"], rows, left=2)]
+    if not rows:
+        parts = ["No layer gets a low-rank update."]
+    numbers, memory = plan.counts, plan.memory
+    base, trained = numbers["base"] or 0, numbers["trainable"] or 0
+    parts.append(
+        f"{len(rows)} layers, {numbers['adapter']:,} parameters in updates, {numbers['head']:,} in "
+        f"modules trained whole: {trained:,} of {base:,} train ({100 * trained / base:.3f} %)."
+    )
+    parts.append(
+        f"Memory: frozen base {_size(memory['base_float32'])} in float32 or "
+        f"{_size(memory['base_bfloat16'])} in bfloat16; trained parameters "
+        f"{_size(memory['trained'])}, gradients {_size(memory['gradients'])}, AdamW "
+        f"{_size(memory['optimizer'])}; activations come on top. Adapter file about "
+        f"{_size(memory['adapter_file'])}."
+    )
+    return "\n\n".join([*parts, *plan.notes])
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,265 @@
+"""Every option of a run, written once: flag, help, YAML key, check and record column."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from rankwise.errors import UserError, gather, nearest
+
+__all__ = ["FitConfig", "dump_config", "make_config", "read_config"]
+
+
+def split_names(value: object) -> object:
+    """A list from comma-separated text; commas inside brackets belong to a pattern."""
+    if not isinstance(value, str):
+        return value
+    parts = re.findall(r"(?:[^,(\[{]|\([^)]*\)|\[[^\]]*\]|\{[^}]*\})+", value)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def split_pairs(value: object) -> object:
+    """A mapping from comma-separated ``name=number`` text."""
+    names = split_names(value)
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        return value
+    pairs = [str(n).rpartition("=") for n in names]
+    if not all(sign for _, sign, _ in pairs):
+        raise ValueError("must be written as name=number, name=number")
+    return {name.strip(): number.strip() for name, _, number in pairs}
+
+
+def split_numbers(value: object) -> object:
+    """Block numbers from text: ``"0-3,8"`` means 0, 1, 2, 3 and 8."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if not isinstance(value, str):
+        return value
+    numbers: list[int] = []
+    for part in value.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if found is None or int(found[2] or found[1]) < int(found[1]):
+            raise ValueError(f"'{part}' is neither a number nor a range such as 4-11")
+        numbers.extend(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return list(dict.fromkeys(numbers))
+
+
+Names = Annotated[list[str], BeforeValidator(split_names)]
+Ranks = Annotated[dict[str, int], BeforeValidator(split_pairs)]
+Alphas = Annotated[dict[str, float], BeforeValidator(split_pairs)]
+Numbers = Annotated[list[int], BeforeValidator(split_numbers)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _option(default: Any, text: str, group: str, **checks: Any) -> Any:
+    return Field(default, description=text, json_schema_extra={"group": group}, **checks)
+
+
+MODEL, DATA, METHOD, TRAINING, RUN = "Model", "Data", "Method", "Training", "Run"
+
+
+class FitConfig(BaseModel):
+    """The options of ``rankwise fit``; a YAML file holds the same keys as the flags.
+
+    Unknown keys are errors that name the nearest key. Text that reads as a number is taken as one
+    (YAML reads ``1e-4`` as text).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = _option(..., "Folder of a transformers model, or its name on a hub.", MODEL)
+    revision: str | None = _option(None, "Branch, tag or commit of a hub model.", MODEL)
+    dtype: Literal["auto", "float32", "bfloat16"] = _option(
+        "auto",
+        "Number format of the frozen base; what trains stays in float32. auto measures which is "
+        "faster on a CPU, and takes bfloat16 on a GPU that has it.",
+        MODEL,
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option(
+        "auto", "Where to train: auto takes cuda, then mps, then cpu.", MODEL
+    )
+
+    data: str = _option(
+        ..., "Training rows: a CSV, TSV, JSONL, Parquet or text file, or a hub data set.", DATA
+    )
+    eval: str | None = _option(
+        None, "Evaluation rows; without it a part of the training rows is held out.", DATA
+    )
+    eval_fraction: float = _option(
+        0.1, "Share of the training rows held out when there is no --eval.", DATA, gt=0, lt=1
+    )
+    task: Literal["auto", "classification", "regression", "causal-lm"] = _option(
+        "auto", "What is learned; auto tells it from the columns and labels.", DATA
+    )
+    text_column: str | None = _option(None, "Column of the text.", DATA)
+    pair_column: str | None = _option(None, "Column of the second text of a pair.", DATA)
+    label_column: str | None = _option(None, "Column of the label or score.", DATA)
+    prompt_column: str | None = _option(None, "Column of the prompt.", DATA)
+    completion_column: str | None = _option(None, "Column of the completion.", DATA)
+    messages_column: str | None = _option(None, "Column of the chat messages.", DATA)
+    limit: Positive | None = _option(None, "Use a fixed random sample of so many rows.", DATA)
+    max_length: Positive = _option(
+        256, "Longest input in tokens; longer ones are cut, and counted in a note.", DATA
+    )
+
+    method: Literal["lora", "head", "full"] = _option(
+        "lora", "What trains: low-rank updates, the output layer alone, or everything.", METHOD
+    )
+    r: Positive = _option(8, "Rank of the updates.", METHOD)
+    alpha: Rate | None = _option(None, "α in the scale α/r; 2·r when not given.", METHOD)
+    target_modules: Names | None = _option(
+        None,
+        "Layers to adapt: names, ends of names, regular expressions, or all-linear. Attention "
+        "query and value when not given.",
+        METHOD,
+    )
+    exclude_modules: Names = _option([], "Layers to leave out, in the same language.", METHOD)
+    layers: Numbers | None = _option(None, "Blocks to adapt, such as 4-11 or 0,2.", METHOD)
+    rank_stabilized: bool = _option(False, "Scale by α/√r in place of α/r.", METHOD)
+    rank_pattern: Ranks = _option({}, "r of some layers: name=r, name=r.", METHOD)
+    alpha_pattern: Alphas = _option({}, "α of some layers: name=α, name=α.", METHOD)
+    dropout: float = _option(
+        0.0, "Dropout on the input of the LoRA branch.", METHOD, ge=0, lt=1, allow_inf_nan=False
+    )
+    init: Literal["kaiming", "gaussian"] = _option(
+        "kaiming", "How the random factor starts; the other is zero.", METHOD
+    )
+    head: Literal["auto", "train", "freeze"] = _option(
+        "auto",
+        "The output layer: auto trains and saves it for classification and regression, and leaves "
+        "it as it is for language models.",
+        METHOD,
+    )
+    modules_to_save: Names = _option([], "Further modules to train whole and save.", METHOD)
+
+    epochs: float = _option(3.0, "Passes over the training rows.", TRAINING, gt=0, le=10_000)
+    max_steps: Positive | None = _option(None, "Stop after so many optimiser steps.", TRAINING)
+    batch_size: Positive = _option(32, "Rows in one optimiser step and pass.", TRAINING)
+    accumulate: Positive = _option(
+        1, "Passes whose gradients make one optimiser step, of batch_size rows each.", TRAINING
+    )
+    lr: Rate | None = _option(
+        None,
+        "Highest learning rate; by default 1e-3 for lora, 5e-3 for head and 5e-5 for full.",
+        TRAINING,
+    )
+    weight_decay: float = _option(0.0, "AdamW's weight decay.", TRAINING, ge=0, allow_inf_nan=False)
+    warmup: float = _option(
+        0.06, "Share of the steps over which the learning rate rises.", TRAINING, ge=0, lt=1
+    )
+    max_grad_norm: Rate = _option(1.0, "Gradients are clipped to this norm.", TRAINING)
+    max_skipped: Positive = _option(
+        10, "End the run after so many steps in a row with a non-finite loss or gradient.", TRAINING
+    )
+    group_by_length: bool = _option(True, "Put rows of like length into one batch.", TRAINING)
+    gradient_checkpointing: bool = _option(
+        False, "Recompute activations in backward: less memory, more time.", TRAINING
+    )
+    seed: int = _option(0, "Seed of everything random.", TRAINING, ge=0, lt=2**32)
+
+    out: str = _option(..., "Folder of the run.", RUN)
+    metric: str | None = _option(
+        None, "Metric that picks the best adapter; the task's usual one when not given.", RUN
+    )
+    eval_every: Positive | None = _option(
+        None, "Evaluate every so many steps; after each epoch when not given.", RUN
+    )
+    eval_batch_size: Positive = _option(64, "Rows in one evaluation pass.", RUN)
+    save_minutes: float = _option(
+        5.0, "Write a checkpoint at least this often, in minutes.", RUN, ge=0, allow_inf_nan=False
+    )
+    keep_checkpoints: Positive = _option(2, "How many checkpoints to keep.", RUN)
+
+    @property
+    def learning_rate(self) -> float:
+        return (
+            self.lr
+            if self.lr is not None
+            else {"lora": 1e-3, "head": 5e-3, "full": 5e-5}[self.method]
+        )
+
+
+def make_config(values: Mapping[str, Any], where: str) -> FitConfig:
+    """Check values into a config; one error lists all that is wrong, with the nearest key.
+
+    ``where`` says where the values came from, for the message.
+
+    Raises:
+        UserError: an unknown key, a missing one, or a value that does not fit.
+    """
+    unknown = [k for k in values if k not in FitConfig.model_fields]
+    problems = [f"'{k}' is no option.{nearest(str(k), FitConfig.model_fields)}" for k in unknown]
+    known = {k: v for k, v in values.items() if k not in unknown}
+    try:
+        config = FitConfig.model_validate(known)
+    except ValidationError as error:
+        problems.extend(_explain(dict(e)) for e in error.errors())
+        gather(UserError, where, problems)
+        raise
+    gather(UserError, where, problems)
+    return config
+
+
+def _explain(error: dict[str, Any]) -> str:
+    key = str(error["loc"][0]) if error["loc"] else "config"
+    inside = "".join(f"[{part!r}]" for part in error["loc"][1:])
+    flag = f"{key}{inside} (--{key.replace('_', '-')})"
+    if error["type"] == "missing":
+        return f"{flag} is required: {FitConfig.model_fields[key].description}"
+    if error["type"] == "literal_error":
+        expected = str(error["ctx"]["expected"])
+        hint = nearest(str(error["input"]), re.findall(r"'([^']+)'", expected))
+        return f"{flag} must be {expected}, got {error['input']!r}.{hint}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{flag} {message}, got {error['input']!r}."
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        UserError: the file is missing, is no YAML, or holds no mapping of names.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        found = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise UserError(f"There is no config file '{path}'.{nearest(path, found)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file '{path}' cannot be read: {error}.") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}{line} is not YAML: {getattr(error, 'problem', error)}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold 'key: value' lines, not a {type(values).__name__}.")
+    return {str(k): v for k, v in values.items()}
+
+
+def dump_config(config: FitConfig) -> str:
+    """The config as YAML with every value in force, in the order of the groups."""
+    values = config.model_dump(mode="json")
+    lines: list[str] = []
+    group = None
+    for name, field in FitConfig.model_fields.items():
+        extra = field.json_schema_extra
+        now = extra["group"] if isinstance(extra, dict) else None
+        if now != group:
+            group = now
+            lines.append(f"# {group}")
+        value = values[name]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        lines.append(yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True).strip())
+    return "\n".join(lines) + "\n"

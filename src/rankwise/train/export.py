@@ -1,0 +1,137 @@
+"""A run merged into a plain transformers model folder, with its certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rankwise.data.encode import encode, padding_id
+from rankwise.data.examples import Examples
+from rankwise.errors import ArtifactError, RankwiseError, UserError
+from rankwise.io import files
+from rankwise.merge import merge
+from rankwise.train.evaluate import Rows
+from rankwise.train.model import fingerprint_folder, import_transformers, quiet_transformers
+from rankwise.train.predict import examples_of_file, examples_of_text
+from rankwise.train.restore import Restored, restore
+
+if TYPE_CHECKING:
+    from rankwise.merge import Certificate
+
+__all__ = ["merge_run"]
+
+_PROBE_ROWS = 16
+
+# Probe texts for a run whose evaluation rows are no longer there.
+_SENTENCES = (
+    "The train leaves at ten past six, and nobody knows where it is going.",
+    "It was the best meal we had in years, and the worst service.",
+    "Return the number of items that compare equal to the given value.",
+    "No.",
+    "Rain is expected in the north, with strong winds along the coast by the evening.",
+    "She closed the book, looked at the window, and began to laugh for no reason at all.",
+    "The committee will meet again once the figures for the third quarter have been checked.",
+    "What would you have done?",
+)
+
+
+def merge_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    which: str = "adapter",
+    dtype: str | None = None,
+    probe: str | None = None,
+) -> Certificate:
+    """Write a run's model, its adapter merged in, as a plain transformers folder.
+
+    The merge is measured on probe rows (``probe``, else the run's own evaluation rows, else a few
+    fixed sentences), the folder is read back and must give the merged model's outputs bit for bit,
+    and ``certificate.json`` in it says what was measured. On any failure nothing is written.
+
+    Args:
+        run: the run folder.
+        out: the folder to write; it must not exist, or be empty.
+        model: where the base is now, when it has moved.
+        which: "adapter" (the best) or "last".
+        dtype: "float32", "bfloat16" or "float16"; the base's own when None.
+        probe: a file of rows like the training rows.
+
+    Raises:
+        UserError: ``out`` holds something, or the options do not fit the run.
+        ArtifactError: the merge does not give what the adapter gives, or a file is damaged.
+    """
+    target = Path(out)
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"'{target}' is there already and not empty; name another --out.")
+    wanted = None if dtype is None else getattr(torch, dtype)
+    loaded = restore(run, model=model, which=which, dtype=wanted)
+    network: Any = loaded.base.model
+    batch, described = _probe(loaded, probe)
+    certificate = merge(network, keep=False, probe=batch)
+    if certificate.untied:
+        network.config.tie_word_embeddings = False
+    with files.folder(target) as temporary:
+        with quiet_transformers():
+            network.save_pretrained(temporary)
+            loaded.base.tokenizer.save_pretrained(temporary)
+        _read_back(network, temporary, batch)
+        adapter = Path(run) / which
+        weights = sorted(adapter.glob("*.safetensors"))
+        certificate = certificate.with_files(
+            base=loaded.base.fingerprint,
+            adapter=f"sha256:{files.sha256_file(weights[0])}",
+            merged=fingerprint_folder(temporary),
+        )
+        files.write_json(temporary / "certificate.json", _record(certificate, described))
+    return certificate
+
+
+def _record(certificate: Certificate, described: str) -> dict[str, Any]:
+    return {**certificate.to_json(), "probe": described, "read_back": "equal bit for bit"}
+
+
+def _probe(run: Restored, path: str | None) -> tuple[dict[str, Tensor], str]:
+    """A batch of probe rows, and a sentence on where they come from."""
+    examples, described = _probe_examples(run, path)
+    encoded = encode(examples, run.base.tokenizer, run.max_length)
+    rows = Rows(encoded, run.manifest["task"], padding_id(run.base.tokenizer), torch.device("cpu"))
+    batch = rows.batch(list(range(len(encoded))))
+    batch.pop("labels", None)
+    return batch, described
+
+
+def _probe_examples(run: Restored, path: str | None) -> tuple[Examples, str]:
+    if path is not None:
+        found = examples_of_file(run, path, limit=_PROBE_ROWS)
+        return found, f"{len(found)} rows of {path}"
+    source = run.config.eval or run.config.data
+    try:
+        found = examples_of_file(run, source, limit=_PROBE_ROWS)
+        return found, f"{len(found)} rows of {source}"
+    except RankwiseError:
+        pairs = _SENTENCES[::-1] if run.manifest["form"] == "pair" else ()
+        return examples_of_text(run, _SENTENCES, pairs), f"{len(_SENTENCES)} fixed sentences"
+
+
+def _read_back(network: Any, folder: Path, batch: Mapping[str, Tensor]) -> None:
+    """The written folder, loaded by transformers alone, must compute what was merged."""
+    transformers = import_transformers()
+    with quiet_transformers():
+        again = getattr(transformers, type(network).__name__).from_pretrained(
+            folder, dtype=network.dtype
+        )
+    with torch.no_grad():
+        wanted = network.eval()(**batch).logits
+        found = again.eval()(**batch).logits
+    if not torch.equal(wanted, found):
+        worst = (wanted.double() - found.double()).abs().max().item()
+        raise ArtifactError(
+            f"The merged folder was read back and differs from the merged model by {worst:.3g}; "
+            "nothing was kept. Please report this with the architecture's name."
+        )

@@ -1,0 +1,294 @@
+"""One loop for every method: steps, evaluation, checkpoints, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.data.batches import BatchPlan
+from rankwise.errors import EnvironmentFault, UserError
+from rankwise.train import checkpoint
+from rankwise.train.checkpoint import Progress
+from rankwise.train.config import FitConfig
+from rankwise.train.evaluate import Rows, batch_loss, evaluate, targets_in
+from rankwise.train.metrics import better
+from rankwise.train.optim import adamw, learning_rate, set_rate
+from rankwise.train.precision import allocation_failed
+from rankwise.train.reporter import Reporter
+from rankwise.train.signals import Interrupted, StopRequest
+
+__all__ = ["Loop"]
+
+_LOGGED_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One optimiser step's figures; ``finite`` is false when it was skipped."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+
+
+class Loop:
+    """Trains what requires gradients in ``model`` and keeps the run folder up to date.
+
+    Args:
+        model: on its device, with a method attached.
+        train, held: training and evaluation rows.
+        config: the options.
+        metric: the metric that picks the best.
+        folder: the run folder; ``metrics.jsonl`` and ``checkpoints/`` are written here.
+        save_best: called when an evaluation is the best so far, to write the adapter.
+        reporter: told what happens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Rows,
+        held: Rows,
+        config: FitConfig,
+        metric: str,
+        folder: Path,
+        save_best: Callable[[], None],
+        reporter: Reporter,
+    ) -> None:
+        self.model = model
+        self.train_rows = train
+        self.held = held
+        self.config = config
+        self.metric = metric
+        self.folder = folder
+        self.save_best = save_best
+        self.reporter = reporter
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(self.parameters.values(), config.weight_decay)
+        lengths = train.encoded.lengths
+        self.plan = BatchPlan(lengths, config.batch_size, config.seed, group=config.group_by_length)
+        self.steps_per_epoch = math.ceil(len(self.plan) / config.accumulate)
+        planned = max(1, math.ceil(config.epochs * self.steps_per_epoch))
+        self.total = min(planned, config.max_steps or planned)
+        self.eval_every = config.eval_every or self.steps_per_epoch
+        self.log_every = max(1, self.total // _LOGGED_STEPS)
+        self.progress = Progress(micro_batch=config.batch_size)
+        self.eval_seconds = 0.0
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the newest valid checkpoint, or from the start when none was written yet.
+
+        Raises:
+            ArtifactError: there are checkpoints, and all are damaged.
+        """
+        found, notes = checkpoint.load_newest(
+            self.folder / "checkpoints", self.parameters, self.optimizer, self.train_rows.device
+        )
+        for note in notes:
+            self.reporter.note(note)
+        if found is not None:
+            self.progress = found
+        log = self.folder / "metrics.jsonl"
+        if log.exists():
+            with log.open("r+b") as stream:
+                stream.truncate(min(self.progress.log_bytes, log.stat().st_size))
+        self.reporter.note(f"Going on from step {self.progress.step} of {self.total}.")
+
+    def run(self) -> Progress:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: a signal asked to stop; everything is saved.
+            UserError: too many steps in a row were not finite.
+            EnvironmentFault: memory runs out with a single row.
+        """
+        self.reporter.start("training", self.total, self.progress.step)
+        try:
+            with StopRequest() as stop:
+                while self.progress.step < self.total:
+                    self._one_step()
+                    step = self.progress.step
+                    if step % self.eval_every == 0 or step == self.total:
+                        self._evaluate()
+                    if stop.number is not None:
+                        self._save()
+                        raise Interrupted(stop.number, f"rankwise fit --resume --out {self.folder}")
+                    overdue = time.monotonic() - self._saved_at >= 60 * self.config.save_minutes
+                    if overdue or step == self.total or step % self.steps_per_epoch == 0:
+                        self._save()
+        finally:
+            self.reporter.finish()
+        return self.progress
+
+    def silent_parameters(self) -> list[str]:
+        """Names of trained parameters that never had a gradient other than zero."""
+        return [name for name in self.parameters if name not in self.progress.live]
+
+    def _one_step(self) -> None:
+        began = time.perf_counter()
+        step = self.progress.step
+        rate = learning_rate(step, self.total, self.config.learning_rate, self.config.warmup)
+        set_rate(self.optimizer, rate)
+        self.model.train()
+        result = self._gradients(self._rows_of(step))
+        if result.finite:
+            self._note_live()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(result, time.perf_counter() - began)
+        done = self.progress.step
+        if done % self.log_every == 0 or done == self.total:
+            self._log_step(rate, result.grad_norm)
+        shown = {"loss": result.loss, "skipped": float(self.progress.skipped)}
+        self.reporter.advance(done, {k: v for k, v in shown.items() if k == "loss" or v})
+        none_taken = done == self.total == self.progress.skipped
+        if self.progress.skipped_in_row >= self.config.max_skipped or none_taken:
+            raise UserError(
+                f"Stopped at step {done}: the loss or the gradient was not a finite number for "
+                f"{self.progress.skipped_in_row} steps in a row. Lower --lr (now "
+                f"{self.config.learning_rate:g}), use --dtype float32, or look for broken rows."
+            )
+
+    def _rows_of(self, step: int) -> list[list[int]]:
+        """The passes of this optimiser step; they follow from the seed and the step alone."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self.plan.epoch(epoch))
+        first = index * self.config.accumulate
+        return self._epoch[1][first : first + self.config.accumulate]
+
+    def _gradients(self, passes: list[list[int]]) -> _Step:
+        """Gradients of the mean loss over all rows of the step, clipped.
+
+        When memory runs out the step starts anew with passes of half the size; the mean is over
+        the same rows.
+        """
+        device = self.train_rows.device
+        rng = checkpoint.capture_rng(device)
+        while True:
+            try:
+                loss = self._accumulate(passes)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not allocation_failed(error):
+                    raise
+                self._halve(error)
+            self.optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            checkpoint.restore_rng(rng, device)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters.values(), self.config.max_grad_norm
+        ).item()
+        return _Step(loss, norm, math.isfinite(loss) and math.isfinite(norm))
+
+    def _accumulate(self, passes: list[list[int]]) -> float:
+        task, encoded = self.train_rows.task, self.train_rows.encoded
+        weight = max(1, sum(targets_in(encoded, rows, task) for rows in passes))
+        total = 0.0
+        for rows in passes:
+            for first in range(0, len(rows), self.progress.micro_batch):
+                part = rows[first : first + self.progress.micro_batch]
+                summed, _ = batch_loss(self.model, self.train_rows.batch(part), task)
+                loss = summed / weight
+                loss.backward()
+                total += loss.item()
+        return total
+
+    def _halve(self, error: BaseException) -> None:
+        size = self.progress.micro_batch
+        if size == 1:
+            raise EnvironmentFault(
+                "Memory ran out with a single row. Use --gradient-checkpointing, a smaller "
+                "--max-length, or --dtype bfloat16."
+            ) from error
+        self.progress = replace(self.progress, micro_batch=max(1, size // 2))
+        passes = math.ceil(self.config.batch_size / self.progress.micro_batch)
+        self.reporter.note(
+            f"Memory ran out at step {self.progress.step + 1}: passes now hold "
+            f"{self.progress.micro_batch} rows instead of {size}; each step still learns from the "
+            f"same rows. To start that way: --batch-size {self.progress.micro_batch} --accumulate "
+            f"{self.config.accumulate * passes}"
+        )
+
+    def _note_live(self) -> None:
+        missing = [n for n in self.parameters if n not in set(self.progress.live)]
+        if not missing:
+            return
+        new = [
+            name
+            for name in missing
+            if (grad := self.parameters[name].grad) is not None and bool(grad.any())
+        ]
+        self.progress = replace(self.progress, live=(*self.progress.live, *new))
+
+    def _count(self, result: _Step, seconds: float) -> None:
+        p = self.progress
+        window = (p.window[0] + result.loss, p.window[1] + 1) if result.finite else p.window
+        self.progress = replace(
+            p,
+            step=p.step + 1,
+            seconds=p.seconds + seconds,
+            skipped=p.skipped + (not result.finite),
+            skipped_in_row=0 if result.finite else p.skipped_in_row + 1,
+            window=window,
+        )
+
+    def _log_step(self, rate: float, grad_norm: float) -> None:
+        total, count = self.progress.window
+        self._log(
+            {
+                "event": "train",
+                "loss": total / count if count else None,
+                "lr": rate,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                "seconds": round(self.progress.seconds, 3),
+                "skipped": self.progress.skipped,
+            }
+        )
+        self.progress = replace(self.progress, window=(0.0, 0))
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        metrics = evaluate(self.model, self.held, self.config.eval_batch_size)
+        self.eval_seconds += time.perf_counter() - began
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._log({"event": "eval", **finite})
+        p = self.progress
+        if better(self.metric, metrics[self.metric], p.best) or p.best_step is None:
+            best = metrics[self.metric]
+            self.progress = replace(p, best=best, best_step=p.step, best_metrics=metrics)
+            self.save_best()
+        epoch = p.step / self.steps_per_epoch
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        self.reporter.note(f"epoch {epoch:.2f}, step {p.step}: {shown}")
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        step = self.progress.step
+        epoch = round(step / self.steps_per_epoch, 4)
+        line = json.dumps({"event": row["event"], "step": step, "epoch": epoch, **row}) + "\n"
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line)
+            length = stream.tell()
+        self.progress = replace(self.progress, log_bytes=length)
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.progress,
+            self.parameters,
+            self.optimizer,
+            self.train_rows.device,
+            self.config.keep_checkpoints,
+        )
+        self._saved_at = time.monotonic()

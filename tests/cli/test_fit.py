@@ -1,0 +1,81 @@
+"""`rankwise fit`: flags and YAML are one thing, and what it prints can be acted on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rankwise.cli.app import main
+from rankwise.train.config import FitConfig
+
+
+def left(*words: str | Path) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture
+def words(bert: Path, rows: Path, tmp_path: Path) -> list[str | Path]:
+    common = ["fit", "--model", bert, "--data", rows / "train.tsv", "--eval", rows / "dev.tsv"]
+    return [*common, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "run"]
+
+
+def test_flags_train_and_say_what_came_of_it(
+    words: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = left(*words, "--r", "2", "--target-modules", "query,value", "--epochs", "1")
+    out, err = capsys.readouterr()
+    assert code == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert f"accuracy {manifest['metrics']['accuracy']:.4f}" in out
+    assert f"{manifest['counts']['trainable']:,} of" in out
+    assert f"rankwise merge {tmp_path / 'run'}" in out
+    assert "Trained whole and saved with the adapter: classifier" in err
+
+
+def test_a_yaml_file_is_the_same_as_flags(
+    words: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert left(*words, "--r", "3", "--lr", "2e-3", "--print-config") == 0
+    by_flags = yaml.safe_load(capsys.readouterr().out)
+    values = {k: v for k, v in by_flags.items() if k not in ("r", "lr")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values) + "r: 16\nlr: 2e-3\n")
+    assert left("fit", "--config", file, "--r", "3", "--print-config") == 0
+    assert yaml.safe_load(capsys.readouterr().out) == by_flags
+
+
+def test_print_config_shows_every_option_and_trains_nothing(
+    words: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert left(*words, "--print-config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert list(shown) == list(FitConfig.model_fields)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_of_a_file_names_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rte: 1\nmodel: m\nbatch_sise: 4\n")
+    assert left("fit", "--config", file) == 2
+    told = capsys.readouterr().err
+    assert "'learning_rte' is no option" in told
+    assert "Did you mean 'batch_size'" in told
+    assert "data (--data) is required" in told
+
+
+def test_resume_needs_no_other_flag_than_out(
+    words: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert left(*words, "--r", "2", "--epochs", "1") == 0
+    capsys.readouterr()
+    assert left("fit", "--resume", "--out", tmp_path / "run") == 2
+    assert "finished" in capsys.readouterr().err
+    assert left("fit", "--resume") == 2
+    assert "--out" in capsys.readouterr().err
