@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.attach import lora_layers
+from rankwise.attaching import lora_layers
 from rankwise.errors import UserError
 from rankwise.layers import LoRALayer
 

@@ -103,7 +103,9 @@ def test_what_the_machine_lacks_leaves_with_4(
 
     device = "mps" if torch.cuda.is_available() else "cuda"
     out = tmp_path / "run"
-    done = call("fit", "--model", bert, "--data", rows / "dev.tsv", "--device", device, "--out", out)
+    done = call(
+        "fit", "--model", bert, "--data", rows / "dev.tsv", "--device", device, "--out", out
+    )
     assert done.code == 4
     assert device in done.err
     assert not out.exists()

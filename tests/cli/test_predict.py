@@ -25,7 +25,9 @@ def test_texts_give_json_lines(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["row"] for row in rows] == [1, 2]
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
-    assert all(row["label"] == max(row["probabilities"], key=row["probabilities"].get) for row in rows)
+    assert all(
+        row["label"] == max(row["probabilities"], key=row["probabilities"].get) for row in rows
+    )
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import rankwise as rw
-from rankwise.attach import Method
+from rankwise.attaching import Method
 from rankwise.layers import LoRALayer, shape_of
 from rankwise.targets import find_head
 

@@ -17,7 +17,9 @@ import typer
 from rankwise.cli.app import COMMANDS, app
 
 PAGES = ("README.md", "docs/guide.md")
-NAME = "bert-base-uncased"  # what the pages call a hub model; the tests put a local one in its place
+NAME = (
+    "bert-base-uncased"  # what the pages call a hub model; the tests put a local one in its place
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:

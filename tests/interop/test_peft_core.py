@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
-from rankwise.attach import lora_layers
+from rankwise.attaching import lora_layers
 from rankwise.errors import UserError
 from rankwise.layers import LoRALayer
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import rankwise as rw
-from rankwise.attach import lora_layers
+from rankwise.attaching import lora_layers
 from rankwise.errors import UserError
 from rankwise.methods.lora import default_targets
 

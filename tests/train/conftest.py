@@ -78,9 +78,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(1)
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-    tokenizer = word_tokenizer(
-        "[CLS]", "[SEP]", "[PAD]", "[UNK]", special, model_input_names=TYPED
-    )
+    tokenizer = word_tokenizer("[CLS]", "[SEP]", "[PAD]", "[UNK]", special, model_input_names=TYPED)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

@@ -61,7 +61,13 @@ def test_another_process_goes_on_as_this_one_would_have(tmp_path: Path) -> None:
     np.random.randn()  # NumPy keeps the second of two normal numbers for later
     random.gauss(0, 1)
     save(tmp_path, here, 3)
-    draws = (random.random(), random.gauss(0, 1), np.random.randn(), np.random.rand(), torch.rand(2))
+    draws = (
+        random.random(),
+        random.gauss(0, 1),
+        np.random.randn(),
+        np.random.rand(),
+        torch.rand(2),
+    )
     step(here)
     random.seed(5)
     np.random.seed(5)
@@ -70,7 +76,13 @@ def test_another_process_goes_on_as_this_one_would_have(tmp_path: Path) -> None:
     assert progress is not None
     assert (progress.step, progress.micro_batch, progress.live, notes) == (3, 4, ("a", "b"), [])
     assert progress.window == (0.0, 0)
-    again = (random.random(), random.gauss(0, 1), np.random.randn(), np.random.rand(), torch.rand(2))
+    again = (
+        random.random(),
+        random.gauss(0, 1),
+        np.random.randn(),
+        np.random.rand(),
+        torch.rand(2),
+    )
     assert again[:4] == draws[:4]
     assert torch.equal(again[4], draws[4])
     step(there)

@@ -23,7 +23,11 @@ def loaded(bert: Path, gpt2: Path, rows: Path) -> Callable[[str], Loaded]:
 
     def make(task: str) -> Loaded:
         source = gpt2 if task == "causal-lm" else bert
-        ends = {"classification": ".tsv", "regression": "-scores.tsv", "causal-lm": "-prompts.jsonl"}
+        ends = {
+            "classification": ".tsv",
+            "regression": "-scores.tsv",
+            "causal-lm": "-prompts.jsonl",
+        }
         examples = load_examples(rows / f"dev{ends[task]}", task)  # type: ignore[arg-type]
         base = load_base(str(source), task, examples.label_names)
         encoded = encode(examples, base.tokenizer, 64)
@@ -72,7 +76,9 @@ def test_outputs_come_in_row_order_however_they_are_batched(
 def test_perplexity_is_over_all_target_tokens(loaded: Callable[[str], Loaded]) -> None:
     model, rows = loaded("causal-lm")
     with torch.no_grad():
-        logits = model(**{k: v for k, v in rows.batch(list(range(21))).items() if k != "labels"}).logits
+        logits = model(
+            **{k: v for k, v in rows.batch(list(range(21))).items() if k != "labels"}
+        ).logits
     labels = rows.batch(list(range(21)))["labels"]
     logs = logits[:, :-1].double().log_softmax(-1)
     kept = labels[:, 1:] != -100

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rankwise.attach import base as without_updates
+from rankwise.attaching import base as without_updates
 from rankwise.errors import RankwiseError, UserError
 from rankwise.train.config import FitConfig
 from rankwise.train.export import merge_run
@@ -138,9 +138,7 @@ def test_a_checkpoint_in_bfloat16_stays_one_unless_asked_for_more(
             assert torch.equal(merged[name], tensor.bfloat16())
 
 
-def test_the_last_adapter_may_be_merged(
-    options: Callable[..., FitConfig], tmp_path: Path
-) -> None:
+def test_the_last_adapter_may_be_merged(options: Callable[..., FitConfig], tmp_path: Path) -> None:
     run = fit(options(tmp_path / "run", epochs=4, lr=1.0, metric="loss")).folder
     for which in ("adapter", "last"):
         merge_run(run, tmp_path / which, which=which)

@@ -59,7 +59,10 @@ def test_one_process_holds_a_folder_until_it_dies(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_was_writing_is_swept_away(tmp_path: Path) -> None:
-    half_done = [tmp_path / ".adapter.1-ab.tmp", tmp_path / "checkpoints" / ".step-00000003.1-ab.tmp"]
+    half_done = [
+        tmp_path / ".adapter.1-ab.tmp",
+        tmp_path / "checkpoints" / ".step-00000003.1-ab.tmp",
+    ]
     for folder in half_done:
         folder.mkdir(parents=True)
         (folder / "tensors.safetensors").touch()

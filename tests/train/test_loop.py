@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankwise.attach import attach
+from rankwise.attaching import attach
 from rankwise.data.encode import encode, padding_id
 from rankwise.data.examples import load_examples
 from rankwise.errors import ArtifactError, EnvironmentFault, UserError
@@ -34,7 +34,9 @@ def make(
         out = tmp_path / f"run{next(count)}"
         out.mkdir()
         if task == "causal-lm":
-            files = {n: str(rows / f"{f}-prompts.jsonl") for n, f in (("data", "train"), ("eval", "dev"))}
+            files = {
+                n: str(rows / f"{f}-prompts.jsonl") for n, f in (("data", "train"), ("eval", "dev"))
+            }
             more = {"model": str(gpt2), "task": task, **files, **more}
         config = options(out, **more)
         torch.manual_seed(0)
@@ -275,7 +277,9 @@ def test_a_skipped_step_changes_nothing(make: Make) -> None:
 def test_the_run_ends_after_so_many_in_a_row(make: Make) -> None:
     loop = make(epochs=3, max_skipped=3)
     spoil(loop.model, {2, 3, 5, 6, 7}, "loss")
-    with pytest.raises(UserError, match=r"step 7: .*not a finite number for 3 steps.*--lr") as caught:
+    with pytest.raises(
+        UserError, match=r"step 7: .*not a finite number for 3 steps.*--lr"
+    ) as caught:
         loop.run()
     assert caught.value.exit_code == 2
     assert loop.progress.step == 7

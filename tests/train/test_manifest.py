@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankwise.attach import attach
+from rankwise.attaching import attach
 from rankwise.errors import ArtifactError, UserError
 from rankwise.methods.full import Full
 from rankwise.methods.head import HeadOnly

@@ -57,7 +57,9 @@ def test_constant_predictions_have_no_correlation(rows: int) -> None:
 
 
 def test_perplexity_is_the_exponential_of_the_loss() -> None:
-    assert score("causal-lm", math.log(7.0)) == pytest.approx({"perplexity": 7.0, "loss": 1.9459101})
+    assert score("causal-lm", math.log(7.0)) == pytest.approx(
+        {"perplexity": 7.0, "loss": 1.9459101}
+    )
     assert score("causal-lm", 1e4)["perplexity"] == math.inf
 
 

@@ -160,7 +160,9 @@ def test_a_head_of_another_size_is_replaced_and_one_that_fits_is_kept(
 
 def test_gpt2_pads_with_its_end_token(gpt2: Path) -> None:
     base = load_base(str(gpt2), "causal-lm")
-    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id == base.model.config.pad_token_id
+    assert (
+        base.tokenizer.pad_token_id == base.tokenizer.eos_token_id == base.model.config.pad_token_id
+    )
     assert (base.fresh, base.longest) == ((), 96)
     head = load_base(str(gpt2), "classification", ("a", "b"))
     assert head.fresh == ("score.weight",)
@@ -172,7 +174,10 @@ def test_a_tokenizer_without_any_special_token(gpt2: Path, tmp_path: Path) -> No
     settings = json.loads(file.read_text())
     settings.pop("eos_token")
     file.write_text(json.dumps(settings))
-    assert load_base(str(tmp_path / "bare"), "classification", ("a", "b")).model.config.pad_token_id == 0
+    assert (
+        load_base(str(tmp_path / "bare"), "classification", ("a", "b")).model.config.pad_token_id
+        == 0
+    )
 
 
 def test_roberta_s_first_positions_are_not_for_tokens(roberta: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankwise.attach import attach
+from rankwise.attaching import attach
 from rankwise.errors import EnvironmentFault
 from rankwise.methods.lora import LoRA
 from rankwise.train.precision import (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rankwise.attach import lora_layers
+from rankwise.attaching import lora_layers
 from rankwise.errors import ArtifactError, UserError
 from rankwise.train.config import FitConfig
 from rankwise.train.restore import restore

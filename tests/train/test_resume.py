@@ -49,7 +49,9 @@ def end(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, st
 
 def bits(folder: Path, look: Any) -> dict[str, bytes]:
     return {
-        name: t.contiguous().view(torch.uint8).numpy().tobytes() if t.ndim else bytes(str(t), "utf8")
+        name: t.contiguous().view(torch.uint8).numpy().tobytes()
+        if t.ndim
+        else bytes(str(t), "utf8")
         for name, t in look.tensors(folder).items()
     }
 
@@ -59,7 +61,11 @@ def same_run(one: Path, other: Path, look: Any) -> None:
     assert look.log(one) == look.log(other)
     assert [p.name for p in look.checkpoints(one)] == [p.name for p in look.checkpoints(other)]
     newest = [look.checkpoints(run)[-1] for run in (one, other)]
-    for parts in ([run / "adapter" for run in (one, other)], [one / "last", other / "last"], newest):
+    for parts in (
+        [run / "adapter" for run in (one, other)],
+        [one / "last", other / "last"],
+        newest,
+    ):
         found = [bits(part, look) for part in parts]
         assert len(found[0]) > 0
         assert found[0] == found[1], parts
@@ -122,12 +128,20 @@ def test_full_training_of_a_tied_model_does_too(
 ) -> None:
     files = {"data": str(rows / "train-prompts.jsonl"), "eval": str(rows / "dev-prompts.jsonl")}
     config = options(
-        tmp_path / "run", model=str(gpt2), method="full", epochs=5, batch_size=4, accumulate=2, **files
+        tmp_path / "run",
+        model=str(gpt2),
+        method="full",
+        epochs=5,
+        batch_size=4,
+        accumulate=2,
+        **files,
     )
     chain(config, tmp_path, look, [signal.SIGKILL])
 
 
-def test_a_second_ctrl_c_ends_it_at_once(options: Options, rows: Path, tmp_path: Path, look: Any) -> None:
+def test_a_second_ctrl_c_ends_it_at_once(
+    options: Options, rows: Path, tmp_path: Path, look: Any
+) -> None:
     """In the middle of a step that takes very long."""
     header, *some = (rows / "train.tsv").read_text().splitlines()
     (tmp_path / "many.tsv").write_text("\n".join([header, *some * 200]))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from rankwise.attach import attach, lora_layers
+from rankwise.attaching import attach, lora_layers
 from rankwise.errors import EnvironmentFault, RankwiseError, UserError
 from rankwise.io.adapters import load_adapter, save_adapter
 from rankwise.train.config import FitConfig, make_config, read_config
@@ -409,7 +409,9 @@ def test_a_saved_adapter_goes_on_a_fresh_base(finished: Finished, bert: Path) ->
 
 def test_the_result_carries_the_model(options: Options, tmp_path: Path, look: Any) -> None:
     result = fit(options(tmp_path / "run", max_steps=2))
-    save_adapter(result.model, tmp_path / "again", base_model_name=result.manifest["base"]["source"])
+    save_adapter(
+        result.model, tmp_path / "again", base_model_name=result.manifest["base"]["source"]
+    )
     one, other = look.tensors(result.folder / "last"), look.tensors(tmp_path / "again")
     assert all(torch.equal(one[n], other[n]) for n in one)
     assert result.tokenizer("the good film")["input_ids"][0] == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rankwise.attach import Attachment, attach, attached, attachment
+from rankwise.attaching import Attachment, attach, attached, attachment
 from rankwise.errors import ArtifactError, EnvironmentFault, UserError
 from rankwise.io.base import base_of
 from rankwise.io.files import missing, read_fault

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import Attachment, attach, attachment
+from rankwise.attaching import Attachment, attach, attachment
 from rankwise.errors import ArtifactError, UserError, gather, nearest
 from rankwise.io import files
 from rankwise.io.base import name_of

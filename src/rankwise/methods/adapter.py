@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import Placement, Plan, attachment, lora_layers, trained_copies
+from rankwise.attaching import Placement, Plan, attachment, lora_layers, trained_copies
 from rankwise.errors import ArtifactError, UserError, gather, nearest
 from rankwise.layers import refusal, shape_of, wrap
 from rankwise.lowrank import Factors

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rankwise.attach import Plan
+from rankwise.attaching import Plan
 
 __all__ = ["Full"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rankwise.attach import Placement, Plan
+from rankwise.attaching import Placement, Plan
 from rankwise.errors import UserError, gather, nearest
 from rankwise.targets import Site, find_head, matches, shared_weights, sites
 

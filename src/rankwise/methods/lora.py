@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from rankwise.attach import Placement, Plan
+from rankwise.attaching import Placement, Plan
 from rankwise.errors import UserError, gather, nearest
 from rankwise.inits import Init, Kaiming
 from rankwise.layers import Spec, shape_of, wrap

@@ -13,14 +13,14 @@ from rankwise.data.encode import encode, padding_id
 from rankwise.data.examples import Examples
 from rankwise.errors import ArtifactError, RankwiseError, UserError
 from rankwise.io import files
-from rankwise.merge import merge
+from rankwise.merging import merge
 from rankwise.train.evaluate import Rows
 from rankwise.train.model import fingerprint_folder, import_transformers, quiet_transformers
 from rankwise.train.predict import examples_of_file, examples_of_text
 from rankwise.train.restore import Restored, restore
 
 if TYPE_CHECKING:
-    from rankwise.merge import Certificate
+    from rankwise.merging import Certificate
 
 __all__ = ["merge_run"]
 

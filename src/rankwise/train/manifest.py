@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import rankwise
-from rankwise.attach import lora_layers, trained_copies
+from rankwise.attaching import lora_layers, trained_copies
 from rankwise.data.examples import Examples
 from rankwise.errors import ArtifactError, UserError
 from rankwise.io.files import write_json

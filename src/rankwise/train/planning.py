@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.attach import attach, lora_layers
+from rankwise.attaching import attach, lora_layers
 from rankwise.lowrank import count
 from rankwise.methods.head import head_modules
 from rankwise.methods.lora import LoRA

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import trained_copies
+from rankwise.attaching import trained_copies
 from rankwise.errors import EnvironmentFault
 
 __all__ = ["Choice", "cast_frozen", "choose_device", "choose_dtype"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankwise.attach import Method, attach, attachment, lora_layers
+from rankwise.attaching import Method, attach, attachment, lora_layers
 from rankwise.data.encode import encode, padding_id
 from rankwise.data.examples import ColumnNames, Examples, load_examples
 from rankwise.data.splits import leakage, require_same_form, split
@@ -21,7 +21,7 @@ from rankwise.errors import RankwiseError, UserError
 from rankwise.inits import Gaussian, Kaiming
 from rankwise.io.adapters import save_adapter
 from rankwise.io.files import write_text
-from rankwise.merge import check_effect
+from rankwise.merging import check_effect
 from rankwise.methods.full import Full
 from rankwise.methods.head import HeadOnly, head_modules
 from rankwise.methods.lora import LoRA

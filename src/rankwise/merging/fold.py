@@ -9,13 +9,13 @@ from collections.abc import Generator
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import adapted_sites, attachment, base, forget, note_kept, unmerged
+from rankwise.attaching import adapted_sites, attachment, base, forget, note_kept, unmerged
 from rankwise.errors import RankwiseError, UserError, gather
 from rankwise.layers import LoRALayer, weight_of
 from rankwise.lowrank import Factors
-from rankwise.merge.certificate import Certificate, certify
-from rankwise.merge.effect import Probe, full_float32, instead
-from rankwise.merge.rounding import blocks
+from rankwise.merging.certificate import Certificate, certify
+from rankwise.merging.effect import Probe, full_float32, instead
+from rankwise.merging.rounding import blocks
 from rankwise.targets import Site, shared_weights, sites
 
 __all__ = ["MergeError", "merge", "merged", "unmerge"]

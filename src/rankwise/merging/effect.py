@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import adapted_sites, base, unmerged
+from rankwise.attaching import adapted_sites, base, unmerged
 from rankwise.errors import RankwiseError, UserError, gather
 from rankwise.layers import LoRAEmbedding, LoRALayer
 from rankwise.targets import Site

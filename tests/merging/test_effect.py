@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import rankwise
-from rankwise.attach import lora_layers
+from rankwise.attaching import lora_layers
 from rankwise.errors import UserError
-from rankwise.merge import EffectError, check_effect, effects, merge
-from rankwise.merge.effect import at_rest, difference, full_float32, outputs
+from rankwise.merging import EffectError, check_effect, effects, merge
+from rankwise.merging.effect import at_rest, difference, full_float32, outputs
 
 
 class Twisted(nn.Module):

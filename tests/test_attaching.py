@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.attach import Placement, Plan, lora_layers, trained_copies
+from rankwise.attaching import Placement, Plan, lora_layers, trained_copies
 from rankwise.errors import UserError
 from rankwise.layers import LoRALayer, LoRALinear
 from rankwise.targets import sites

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import adapted_sites, base, trained_copies
+from rankwise.attaching import adapted_sites, base, trained_copies
 from rankwise.layers import weight_of
-from rankwise.merge.effect import Probe, at_rest, difference, instead, outputs, recorded_inputs
-from rankwise.merge.rounding import LayerCheck, check_layer, roundoff
+from rankwise.merging.effect import Probe, at_rest, difference, instead, outputs, recorded_inputs
+from rankwise.merging.rounding import LayerCheck, check_layer, roundoff
 
 __all__ = ["Certificate", "LayerCheck", "OutputCheck", "certify"]
 

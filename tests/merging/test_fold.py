@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rankwise
-from rankwise.attach import attached, lora_layers, trained_copies
+from rankwise.attaching import attached, lora_layers, trained_copies
 from rankwise.errors import UserError
-from rankwise.merge import MergeError, fold, merge, merged, unmerge
+from rankwise.merging import MergeError, fold, merge, merged, unmerge
 from rankwise.targets import shared_weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

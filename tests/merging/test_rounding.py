@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.layers import Spec, wrap
-from rankwise.merge.fold import plain
-from rankwise.merge.rounding import check_layer, check_weight, gamma, roundoff
+from rankwise.merging.fold import plain
+from rankwise.merging.rounding import check_layer, check_weight, gamma, roundoff
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["linear", "conv", "embedding"]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import rankwise
-from rankwise.attach import lora_layers
+from rankwise.attaching import lora_layers
 from rankwise.layers import LoRAEmbedding
 
 

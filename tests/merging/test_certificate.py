@@ -10,9 +10,9 @@ import transformers
 from torch import nn
 
 import rankwise
-from rankwise.attach import lora_layers
-from rankwise.merge import Certificate, MergeError, fold, merge, unmerge
-from rankwise.merge.rounding import LayerCheck
+from rankwise.attaching import lora_layers
+from rankwise.merging import Certificate, MergeError, fold, merge, unmerge
+from rankwise.merging.rounding import LayerCheck
 
 
 def outputs_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
