@@ -1,11 +1,12 @@
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,87 @@ Options = Callable[..., FitConfig]
 PATIENCE = 120.0  # seconds; a slow machine is no failure
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rankwise", "fit", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Run:
+    """`rankwise` in a process of its own, forked from one that has imported everything already."""
+
+    def __init__(self, nursery: subprocess.Popen[str], folder: Path, words: list[str]) -> None:
+        self.nursery, self.folder = nursery, folder
+        assert nursery.stdin is not None
+        nursery.stdin.write(json.dumps([str(folder), words]) + "\n")
+        nursery.stdin.flush()
+        self.pid = self._answer()
+
+    def _answer(self) -> int:
+        assert self.nursery.stdout is not None
+        return int(self.nursery.stdout.readline())
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        """Wait for something in the run folder, and fail when the process ends first."""
+        end = time.monotonic() + PATIENCE
+        while not happened():
+            over = (self.folder / "over").exists() or time.monotonic() > end
+            assert not over, self.told()
+            time.sleep(0.002)
+
+    def end(self, number: signal.Signals | None = None) -> int:
+        """The exit code, after a signal where one is named."""
+        if number is not None:
+            os.kill(self.pid, number)
+        return self._answer()
+
+    def told(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def printed(self) -> str:
+        return (self.folder / "out").read_text()
 
 
-def until(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
-    """Wait for something in the run folder, and fail when the process ends first."""
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            raise AssertionError(process.communicate())
-        time.sleep(0.002)
+NURSERY = """
+import json, os, sys
+import scipy.stats, sklearn.metrics, torch, transformers
+import transformers.models.bert.modeling_bert, transformers.models.gpt2.modeling_gpt2
+from pathlib import Path
+from rankwise.cli import main
+import rankwise.train.run
+torch.set_num_threads(int(sys.argv[1]))
+for line in sys.stdin:
+    folder, words = json.loads(line)
+    for name in ("out", "err", "over"):
+        Path(folder, name).unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
+        code = 0
+        try:
+            main(words)
+        except SystemExit as left:
+            code = left.code or 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(child, flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    Path(folder, "over").touch()
+    print(code, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported what a run needs, and forks one for each line it is sent."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork a process")
+    command = [sys.executable, "-c", NURSERY, str(torch.get_num_threads())]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        yield process
+        process.kill()
 
 
 def lines(run: Path) -> int:
     log = run / "metrics.jsonl"
     return log.read_bytes().count(b"\n") if log.exists() else 0
-
-
-def end(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
-    process.send_signal(number)
-    _, told = process.communicate(timeout=PATIENCE)
-    return process.returncode, told
 
 
 def bits(folder: Path, look: Any) -> dict[str, bytes]:
@@ -78,90 +136,90 @@ def same_run(one: Path, other: Path, look: Any) -> None:
     assert states[0] == states[1]
 
 
-def chain(config: FitConfig, tmp_path: Path, look: Any, blows: list[signal.Signals]) -> None:
-    """A run that is hit again and again is bit for bit the run that was left alone."""
-    alone = fit(config.model_copy(update={"out": str(tmp_path / "alone")})).folder
-    every, run = lines(alone), Path(config.out)
-    file = tmp_path / "run.yaml"
-    file.write_text(dump_config(config))
-    draw = random.Random(8)
-    words = ["--config", str(file)]
-    cuts = sorted(draw.sample(range(2, every - 3), len(blows)))
-    for blow, cut in zip(blows, cuts, strict=True):
-        process = start(*words)
-        until(process, lambda cut=cut: lines(run) >= cut)
-        if words[0] == "--config":
-            with pytest.raises(UserError, match=f"Another run \\(process {process.pid}\\)"):
-                fit(config, resume=True)
-        time.sleep(draw.random() * 0.03)
-        code, told = end(process, blow)
-        words = ["--resume", "--out", str(run)]
+Chain = Callable[[FitConfig, list[signal.Signals]], None]
+
+
+@pytest.fixture
+def chain(nursery: subprocess.Popen[str], tmp_path: Path, look: Any) -> Chain:
+    """Hit a run again and again, and compare it in the end with one that was left alone."""
+
+    def strike(run: Run, folder: Path, blow: signal.Signals) -> None:
+        code = run.end(blow)
         if blow == signal.SIGKILL:
             assert code == -signal.SIGKILL
-            assert look.manifest(run)["status"] == "running"
+            assert look.manifest(folder)["status"] == "running"
         else:
             assert code == 128 + blow
-            assert f"rankwise fit --resume --out {run}" in told
-            assert "Traceback" not in told
-            assert look.manifest(run)["status"] == "interrupted"
-    process = start(*words)
-    out, told = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, told
-    assert "Going on from step" in told
-    assert f"adapter: {run}/adapter" in out
-    same_run(alone, run, look)
-    assert not list(run.rglob(".*.tmp"))
+            assert f"rankwise fit --resume --out {folder}" in run.told()
+            assert "Traceback" not in run.told()
+            assert look.manifest(folder)["status"] == "interrupted"
+
+    def go(config: FitConfig, blows: list[signal.Signals]) -> None:
+        alone = fit(config.model_copy(update={"out": str(tmp_path / "alone")})).folder
+        folder = Path(config.out)
+        (tmp_path / "run.yaml").write_text(dump_config(config))
+        words = ["fit", "--config", str(tmp_path / "run.yaml")]
+        draw = random.Random(8)
+        cuts = sorted(draw.sample(range(2, lines(alone) - 3), len(blows)))
+        for blow, cut in zip(blows, cuts, strict=True):
+            run = Run(nursery, tmp_path, words)
+            run.until(lambda cut=cut: lines(folder) >= cut)
+            if words[1] == "--config":
+                with pytest.raises(UserError, match=rf"Another run \(process {run.pid}\)"):
+                    fit(config, resume=True)
+            time.sleep(draw.random() * 0.02)
+            strike(run, folder, blow)
+            words = ["fit", "--resume", "--out", str(folder)]
+        run = Run(nursery, tmp_path, words)
+        assert run.end() == 0, run.told()
+        assert "Going on from step" in run.told()
+        assert f"adapter: {folder}/adapter" in run.printed()
+        same_run(alone, folder, look)
+        assert not list(folder.rglob(".*.tmp"))
+
+    return go
 
 
 def test_a_run_that_is_killed_goes_on_bit_for_bit(
-    options: Options, tmp_path: Path, look: Any
+    chain: Chain, options: Options, tmp_path: Path
 ) -> None:
     """Dropout in the base and on the update; a checkpoint at every step, so kills hit writes."""
     config = options(
         tmp_path / "run", epochs=8, dropout=0.1, eval_every=5, save_minutes=0, lr=0.01, batch_size=7
     )
-    chain(config, tmp_path, look, [signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+    chain(config, [*[signal.SIGKILL] * 6, signal.SIGINT, signal.SIGTERM])
 
 
 def test_full_training_of_a_tied_model_does_too(
-    options: Options, gpt2: Path, rows: Path, tmp_path: Path, look: Any
+    chain: Chain, options: Options, gpt2: Path, rows: Path, tmp_path: Path
 ) -> None:
+    """With checkpoints at the end of an epoch alone, so that steps are done again."""
     files = {"data": str(rows / "train-prompts.jsonl"), "eval": str(rows / "dev-prompts.jsonl")}
-    config = options(
-        tmp_path / "run",
-        model=str(gpt2),
-        method="full",
-        epochs=5,
-        batch_size=4,
-        accumulate=2,
-        **files,
-    )
-    chain(config, tmp_path, look, [signal.SIGKILL])
+    more = {"method": "full", "epochs": 6, "batch_size": 4, "accumulate": 2}
+    config = options(tmp_path / "run", model=str(gpt2), **more, **files)
+    chain(config, [signal.SIGKILL] * 3)
 
 
 def test_a_second_ctrl_c_ends_it_at_once(
-    options: Options, rows: Path, tmp_path: Path, look: Any
+    nursery: subprocess.Popen[str], options: Options, rows: Path, tmp_path: Path, look: Any
 ) -> None:
     """In the middle of a step that takes very long."""
     header, *some = (rows / "train.tsv").read_text().splitlines()
     (tmp_path / "many.tsv").write_text("\n".join([header, *some * 200]))
-    config = options(
-        tmp_path / "run", data=str(tmp_path / "many.tsv"), batch_size=1, accumulate=10_000
-    )
+    folder = tmp_path / "run"
+    config = options(folder, data=str(tmp_path / "many.tsv"), batch_size=1, accumulate=10_000)
     (tmp_path / "run.yaml").write_text(dump_config(config))
-    process = start("--config", str(tmp_path / "run.yaml"))
-    run = tmp_path / "run"
-    until(process, (run / "config.yaml").exists)
+    run = Run(nursery, tmp_path, ["fit", "--config", str(tmp_path / "run.yaml")])
+    run.until((folder / "config.yaml").exists)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    os.kill(run.pid, signal.SIGINT)
     time.sleep(0.5)
-    assert process.poll() is None
+    assert not (tmp_path / "over").exists()
     began = time.monotonic()
-    code, told = end(process, signal.SIGINT)
-    assert code == 130
+    assert run.end(signal.SIGINT) == 130
     assert time.monotonic() - began < 5
-    assert "Traceback" not in told
-    assert look.manifest(run)["status"] == "interrupted"
+    assert "Traceback" not in run.told()
+    assert look.manifest(folder)["status"] == "interrupted"
 
 
 # -- what stands in the way of going on -----------------------------------------------------------
@@ -292,8 +350,9 @@ def test_what_is_no_run_is_not_resumed(options: Options, tmp_path: Path) -> None
 
 def test_flags_beside_resume_are_compared_with_the_run_s(stopped: Any, tmp_path: Path) -> None:
     stopped()
-    process = start("--resume", "--out", str(tmp_path / "run"), "--lr", "0.25")
-    _, told = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2
-    assert "--lr was None and is now 0.25" in told
-    assert "Traceback" not in told
+    words = ["fit", "--resume", "--out", str(tmp_path / "run"), "--lr", "0.25"]
+    command = [sys.executable, "-m", "rankwise", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "--lr was None and is now 0.25" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -115,7 +115,7 @@ def check_layer(name: str, layer: LoRALayer, merged: nn.Module, x: Tensor | None
 def check_weight(layer: LoRALayer, merged: Tensor) -> tuple[float, float, float, bool]:
     """Compare every element of W' with W0 + δ in float64.
 
-    An honest W' is fl_w(fl_f(W0 + fl_f(s B A))), f being float32 or float64 and w the dtype of W0:
+    docs/math.md (7a). An honest W' is fl_w(fl_f(W0 + fl_f(s B A))), f being float32 or float64 and w the dtype of W0:
 
         |W' - (W0 + δ)|  ≤  (u_w + u_f) |W0 + δ|  +  2 γ_{r+2}(f) s |B| |A|  +  η_w
 
@@ -150,7 +150,7 @@ def check_weight(layer: LoRALayer, merged: Tensor) -> tuple[float, float, float,
 
 
 def output_bound(layer: LoRALayer, x: Tensor, unmerged: Tensor, merged: Tensor) -> Tensor:
-    """What rounding may explain of |merged - unmerged| (N, out), element by element.
+    """What rounding may explain of |merged - unmerged| (N, out), by element; docs/math.md (7b).
 
     With u the unit roundoff of the layer's dtype a, γ that of the dtype in which products are
     summed (float32; float64 for float64), n = in (1 for an embedding, which sums nothing) and

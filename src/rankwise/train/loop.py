@@ -259,6 +259,8 @@ class Loop:
         self.progress = replace(self.progress, window=(0.0, 0))
 
     def _evaluate(self) -> None:
+        """Measure, and save what is the best so far; the generators are left as they were."""
+        rng = checkpoint.capture_rng(self.train_rows.device)
         began = time.perf_counter()
         metrics = evaluate(self.model, self.held, self.config.eval_batch_size)
         self.eval_seconds += time.perf_counter() - began
@@ -272,6 +274,7 @@ class Loop:
         epoch = p.step / self.steps_per_epoch
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         self.reporter.note(f"epoch {epoch:.2f}, step {p.step}: {shown}")
+        checkpoint.restore_rng(rng, self.train_rows.device)
 
     def _log(self, row: Mapping[str, Any]) -> None:
         step = self.progress.step
