@@ -26,6 +26,7 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
 
 LENT = ("shared", "minilm")
+pytest_plugins = ["tiny"]  # tests/tiny.py: small checkpoints, files of rows, finished runs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

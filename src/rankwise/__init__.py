@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from rankwise.inits import Gaussian, Kaiming
     from rankwise.io.adapters import load_adapter, save_adapter
     from rankwise.lowrank import Factors
-    from rankwise.merging import Certificate, check_effect, effects, merge, merged, unmerge
+    from rankwise.merging import (
+        Certificate,
+        EffectError,
+        MergeError,
+        check_effect,
+        effects,
+        merge,
+        merged,
+        unmerge,
+    )
     from rankwise.methods.adapter import Adapter, adapter_of
     from rankwise.methods.full import Full
     from rankwise.methods.head import HeadOnly
@@ -27,7 +36,16 @@ _HOMES = {
     "inits": ("Gaussian", "Kaiming"),
     "io.adapters": ("load_adapter", "save_adapter"),
     "lowrank": ("Factors",),
-    "merging": ("Certificate", "check_effect", "effects", "merge", "merged", "unmerge"),
+    "merging": (
+        "Certificate",
+        "EffectError",
+        "MergeError",
+        "check_effect",
+        "effects",
+        "merge",
+        "merged",
+        "unmerge",
+    ),
     "methods.adapter": ("Adapter", "adapter_of"),
     "methods.full": ("Full",),
     "methods.head": ("HeadOnly",),
@@ -40,6 +58,7 @@ __all__ = [
     "ArtifactError",
     "Attachment",
     "Certificate",
+    "EffectError",
     "EnvironmentFault",
     "Factors",
     "Full",
@@ -47,6 +66,7 @@ __all__ = [
     "HeadOnly",
     "Kaiming",
     "LoRA",
+    "MergeError",
     "RankwiseError",
     "UserError",
     "adapter_of",

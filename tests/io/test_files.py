@@ -266,3 +266,27 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path):
 def test_a_name_with_a_null_byte_is_no_path(tmp_path: Path):
     with pytest.raises(UserError, match="is no path"):
         files.write_text(f"{tmp_path}/a\0b", "x")
+
+
+def test_text_is_added_to_the_end(tmp_path):
+    file = tmp_path / "log"
+    assert files.append_text(file, "a\n") == 2
+    assert files.append_text(file, "é\n") == 5
+    assert file.read_bytes() == "a\né\n".encode()
+
+
+def test_a_part_of_a_line_is_taken_back(tmp_path):
+    """A limit on the file's size stands for a disk that is full in the middle of a line."""
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "log"
+    files.append_text(file, "a" * 90)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(EnvironmentFault, match="ulimit"):
+            files.append_text(file, "b" * 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert file.read_text() == "a" * 90

@@ -147,7 +147,7 @@ def test_a_loss_may_be_null_and_skipped_steps_are_counted(record):
     assert read.skipped == 2
 
 
-@pytest.mark.parametrize("status", ["running", "interrupted"])
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
 def test_a_run_that_has_just_begun_has_no_log(make_run, status):
     folder = make_run("head", {"method": "head"})
     rewrite(folder, status=status)
@@ -212,7 +212,7 @@ def test_all_that_is_wrong_is_said_at_once(make_run):
         "'seed' is missing; it must be a whole number.",
         "'counts.base' is missing; it must be a whole number of 1 or more.",
         "'counts.head' must be a whole number of 0 or more, got True.",
-        "'status' must be one of finished, interrupted, running, got 'done'.",
+        "'status' must be one of finished, interrupted, failed, running, got 'done'.",
         "'notes' must be a list of texts, got 'none'.",
         "'artifact_bytes' must be a whole number of bytes, or null, got -1.",
         "'data.train' must be an object, got None.",

@@ -323,3 +323,30 @@ def test_too_little_rank_reaches_the_bound_of_eckart_and_young_and_no_more():
     assert least > 1
     assert least * (1 - 1e-9) <= loss < least * 1.01
     assert unchanged
+
+
+def test_all_linear_leaves_out_what_trains_whole() -> None:
+    """A pooler that the checkpoint left random trains whole; all-linear does not adapt it too."""
+    model = bert()
+    plan = rw.LoRA(target_modules="all-linear", modules_to_save=["pooler"]).plan(model)
+    assert not [p.site.name for p in plan.placements if "pooler." in p.site.name]
+    assert {"bert.pooler", "classifier"} <= {p.site.name for p in plan.placements}
+
+
+def test_a_target_that_reaches_into_a_fresh_head_needs_a_word() -> None:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+    )
+    model = RobertaForSequenceClassification(config)
+    with pytest.raises(UserError, match=r"'classifier\.dense' too"):
+        rw.LoRA(target_modules=["dense"]).plan(model)
+    plan = rw.LoRA(target_modules=["dense"], exclude_modules=["classifier"]).plan(model)
+    assert "classifier" in {p.site.name for p in plan.placements}
+    assert rw.LoRA(target_modules=["dense"], head="freeze").plan(model)

@@ -139,7 +139,7 @@ def test_when_all_are_damaged_nothing_is_touched(tmp_path: Path) -> None:
         step(trained)
         flip(save(tmp_path, trained, number) / "tensors.safetensors")
     before = state(other)
-    with pytest.raises(ArtifactError, match="step-00000002.*step-00000001") as caught:
+    with pytest.raises(ArtifactError, match=r"step-00000002.*step-00000001") as caught:
         load(tmp_path, other)
     assert caught.value.exit_code == 3
     assert same(state(other), before)
@@ -184,3 +184,26 @@ def test_a_checkpoint_of_another_format_is_not_guessed_at(tmp_path: Path) -> Non
     (folder / "complete.json").write_text(json.dumps(seal))
     with pytest.raises(ArtifactError, match="another version"):
         load(tmp_path, network())
+
+
+def test_damaged_ones_of_later_steps_make_room(tmp_path: Path) -> None:
+    """After a fall-back they would be the newest, and crowd out what is written from then on."""
+    trained = network()
+    for number in (1, 5, 9):
+        save(tmp_path, trained, number)
+    cut(tmp_path / "step-00000009" / "state.json")
+    cut(tmp_path / "step-00000005" / "state.json")
+    assert load(tmp_path, trained)[0] is not None
+    save(tmp_path, trained, 2, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    progress, notes = load(tmp_path, network())
+    assert progress is not None
+    assert (progress.step, notes) == (2, [])
+
+
+def test_a_generator_of_another_device_is_left_alone() -> None:
+    """What a GPU's generator saw says nothing to a CPU, which has no second generator to set."""
+    seen = checkpoint.capture_rng(CPU)
+    wanted = torch.rand(3)
+    checkpoint.restore_rng(seen | {"device": torch.zeros(16, dtype=torch.uint8)}, CPU)
+    assert torch.equal(torch.rand(3), wanted)

@@ -159,3 +159,21 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         read_config(str(file))
     assert not sign.exists()
+
+
+def test_defaults_that_follow_from_other_options_are_filled_in() -> None:
+    assert (made().lr, made().alpha) == (1e-3, 16.0)
+    assert (made(r=4, lr=0.5).lr, made(r=4).alpha, made(alpha=3).alpha) == (0.5, 8.0, 3.0)
+    assert (made(method="head").lr, made(method="head").alpha) == (5e-3, None)
+    assert made(task="regression").metric == "pearson"
+    assert made(task="causal-lm", metric="loss").metric == "loss"
+    text = dump_config(made(task="classification"))
+    assert "lr: 0.001\n" in text
+    assert "alpha: 16\n" in text
+    assert "metric: accuracy\n" in text
+
+
+def test_what_is_not_known_yet_stays_open() -> None:
+    """The task follows from the data, and with a rank pattern α is 2·r of each layer."""
+    assert made().metric is None
+    assert made(rank_pattern="query=4").alpha is None

@@ -156,7 +156,7 @@ def test_a_batch_that_does_not_fit_is_cut_in_half(
 
 def test_a_single_row_that_does_not_fit(loaded: Callable[[str], Loaded]) -> None:
     model, rows = loaded("classification")
-    with pytest.raises(EnvironmentFault, match="single row.*--max-length"):
+    with pytest.raises(EnvironmentFault, match=r"single row.*--max-length"):
         outputs(Small(model, 0), rows, 16)
 
 

@@ -80,7 +80,7 @@ def test_the_folder_brings_its_tokenizer_and_labels(finished: Finished, tmp_path
 
     merge_run(finished("pair"), tmp_path / "merged")
     classify = pipeline("text-classification", model=str(tmp_path / "merged"), device="cpu")
-    found = classify({"text": "the good film", "text_pair": "a bad story"})
+    found: Any = classify({"text": "the good film", "text_pair": "a bad story"})
     assert found["label"] in ("same", "other")
 
 

@@ -296,7 +296,10 @@ def test_a_run_of_which_no_step_was_finite_is_no_success(make: Make) -> None:
 
 
 def no_room(model: nn.Module, refuse: Callable[[int, int], bool]) -> list[int]:
-    """Run out of memory in the calls of training where ``refuse(call, rows)``; the sizes that ran."""
+    """Run out of memory in the calls of training where ``refuse(call, rows)``.
+
+    Returns the sizes of the passes that ran.
+    """
     sizes: list[int] = []
     count = [0]
 
@@ -353,7 +356,7 @@ def test_a_failure_leaves_no_trace_in_the_generators(make: Make) -> None:
 def test_a_single_row_that_does_not_fit_says_what_helps(make: Make) -> None:
     loop = make()
     no_room(loop.model, lambda *_: True)
-    with pytest.raises(EnvironmentFault, match="--gradient-checkpointing.*--max-length") as caught:
+    with pytest.raises(EnvironmentFault, match=r"--gradient-checkpointing.*--max-length") as caught:
         loop.run()
     assert caught.value.exit_code == 4
 
@@ -407,7 +410,7 @@ def test_without_a_checkpoint_it_starts_at_the_start(make: Make, witness: Any) -
     loop.resume()
     assert loop.progress.step == 0
     assert (loop.folder / "metrics.jsonl").read_text() == ""
-    assert "Going on from step 0 of 6" in witness.text
+    assert "No checkpoint was written; starting again from step 0." in witness.text
 
 
 def test_a_log_that_lost_its_end_is_not_filled_with_zeros(make: Make) -> None:
@@ -426,3 +429,28 @@ def test_damaged_checkpoints_alone_are_no_start(make: Make, look: Any) -> None:
         (folder / "state.json").write_text("{}")
     with pytest.raises(ArtifactError, match="cannot go on"):
         loop.resume()
+
+
+def test_a_full_disk_is_told(make: Make) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no device that is always full")
+    loop = make()
+    (loop.folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(EnvironmentFault, match=r"No space left.*Free some space"):
+        loop.run()
+
+
+def test_the_time_of_evaluations_is_summed_over_a_resume(make: Make) -> None:
+    first = make(max_steps=4, eval_every=1, save_minutes=0)
+    first.run()
+    before = first.progress.eval_seconds
+    assert before > 0
+    (first.folder / "checkpoints" / "step-00000004").rename(first.folder / "gone")
+    shutil.rmtree(first.folder / "gone")
+    again = make(max_steps=4, eval_every=1, save_minutes=0)
+    again.folder = first.folder
+    again.resume()
+    stored = again.progress.eval_seconds
+    assert 0 < stored < before
+    again.run()
+    assert again.progress.eval_seconds > stored

@@ -45,8 +45,8 @@ def test_regression_against_numpy_and_ranks() -> None:
     predicted = (labels + draw.normal(size=50)).astype(np.float32)
     found = score("regression", 1.0, predicted, labels)
     assert found["pearson"] == pytest.approx(np.corrcoef(predicted, labels)[0, 1], abs=1e-6)
-    ranks = [np.argsort(np.argsort(x)) for x in (predicted, labels)]
-    assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
+    ranks = np.stack([np.argsort(np.argsort(x)) for x in (predicted, labels)])
+    assert found["spearman"] == pytest.approx(np.corrcoef(ranks).item(1), abs=1e-9)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -96,7 +96,18 @@ def test_the_metric_that_picks_the_best() -> None:
         "causal-lm": "perplexity",
     }
     assert main_metric("classification", "f1") == "f1"
-    with pytest.raises(UserError, match="no metric of classification.*Did you mean 'accuracy'"):
+    with pytest.raises(UserError, match=r"no metric of classification.*Did you mean 'accuracy'"):
         main_metric("classification", "acuracy")
     with pytest.raises(UserError, match="no metric of regression"):
         main_metric("regression", "accuracy")
+
+
+@pytest.mark.parametrize("missing", ["scipy.stats", "sklearn.metrics"])
+def test_a_missing_library_is_told_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    for task in ("classification", "regression"):
+        with pytest.raises(EnvironmentFault, match=r"rankwise\[text\]"):
+            main_metric(task, None)
+    assert main_metric("causal-lm", None) == "perplexity"

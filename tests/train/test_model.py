@@ -10,6 +10,7 @@ import torch
 
 from rankwise.errors import ArtifactError, EnvironmentFault, RankwiseError, UserError
 from rankwise.train.model import (
+    class_names,
     fingerprint_folder,
     fresh_modules,
     is_local,
@@ -116,7 +117,12 @@ def test_what_is_a_path_and_what_a_hub_name(bert: Path) -> None:
 def test_an_architecture_without_the_task(tmp_path: Path, rows: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 8}
+    tiny: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "image_size": 8,
+    }
     config = CLIPVisionConfig(**tiny, num_attention_heads=2, patch_size=4)
     CLIPVisionModel(config).save_pretrained(tmp_path)
     assert str(tmp_path) in refused(ArtifactError, tmp_path)
@@ -222,3 +228,63 @@ def test_a_config_alone_is_checked_the_same_way(altered: Alter, tmp_path: Path) 
     with pytest.raises(UserError, match="no config"):
         load_config(str(tmp_path))
     assert load_config(str(altered(hidden_size=48))).hidden_size == 48
+
+
+def without(folder: Path, copy: Path, *gone: str) -> Path:
+    """A copy of a model folder whose weights lack the tensors of these names."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, copy)
+    tensors = load_file(folder / "model.safetensors")
+    assert set(gone) <= set(tensors)
+    kept = {n: t for n, t in tensors.items() if n not in gone}
+    save_file(kept, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    "gone", ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias"]
+)
+def test_an_embedding_that_the_weights_lack(bert: Path, tmp_path: Path, gone: str) -> None:
+    """It stands outside the numbered blocks, and training on it at random would teach nothing."""
+    assert f"bert.{gone}" in refused(ArtifactError, without(bert, tmp_path / "holed", gone))
+
+
+def test_a_pooler_may_be_lacking_but_not_of_another_shape(bert: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    names = ("pooler.dense.weight", "pooler.dense.bias")
+    folder = without(bert, tmp_path / "bare", *names)
+    fresh = load_base(str(folder), "classification", ("a", "b")).fresh
+    assert {f"bert.{n}" for n in names} < set(fresh)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["pooler.dense.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "bert.pooler.dense.weight" in refused(ArtifactError, folder)
+
+
+@pytest.mark.parametrize("gone", ["transformer.wte.weight", "transformer.ln_f.weight"])
+def test_a_language_model_may_lack_its_output_layer_alone(
+    gpt2: Path, tmp_path: Path, gone: str
+) -> None:
+    """GPT-2's output layer is its embedding, so without that there is nothing at all."""
+    message = refused(ArtifactError, without(gpt2, tmp_path / "holed", gone), "causal-lm")
+    assert gone in message
+
+
+def test_the_classes_that_a_kept_head_means(bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    names = {0: "Yes", 1: "No"}
+    model = BertForSequenceClassification.from_pretrained(bert, id2label=names)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+
+    def foreign(*labels: str) -> tuple[str, ...]:
+        return load_base(str(tmp_path), "classification", labels).foreign
+
+    assert class_names(load_config(str(tmp_path))) == ("Yes", "No")
+    assert class_names(load_config(str(bert))) == ()
+    assert foreign("yes", "no") == ()
+    assert foreign("no", "yes") == foreign("0", "1") == ("Yes", "No")
+    assert foreign("a", "b", "c") == ()  # that head is replaced

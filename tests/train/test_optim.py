@@ -19,7 +19,7 @@ def test_the_rate_is_transformers_schedule_one_warm_up_step_ahead(
     schedule = get_linear_schedule_with_warmup(optimizer, rising, total)
     theirs: list[float] = []
     for _ in range(total + 1):
-        theirs.append(schedule.get_last_lr()[0])
+        theirs.append(float(schedule.get_last_lr()[0]))
         optimizer.step()
         schedule.step()
     ours = [learning_rate(step, total, 0.3, warmup) for step in range(total)]

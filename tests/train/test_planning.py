@@ -81,16 +81,21 @@ def test_no_weight_is_made(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.memory["optimizer"] == 8 * made.counts["adapter"]
 
 
+GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}
+DISTILBERT = {"vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+
+
 @pytest.mark.parametrize(
     ("kind", "architecture", "shape", "targets"),
     [
         ("Bert", "BertForMaskedLM", SMALL, {"query", "value"}),
-        ("GPT2", "GPT2LMHeadModel", {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}, {"c_attn"}),
+        ("GPT2", "GPT2LMHeadModel", GPT2, {"c_attn"}),
         ("Llama", "LlamaForCausalLM", SMALL, {"q_proj", "v_proj"}),
-        ("DistilBert", "DistilBertForMaskedLM", {"vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}, {"q_lin", "v_lin"}),
-        ("T5", "T5ForConditionalGeneration", {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}, {"q", "v"}),
+        ("DistilBert", "DistilBertForMaskedLM", DISTILBERT, {"q_lin", "v_lin"}),
+        ("T5", "T5ForConditionalGeneration", T5, {"q", "v"}),
     ],
-)  # fmt: skip
+)
 def test_the_default_is_query_and_value_whatever_they_are_called(
     plan: Plan, kind: str, architecture: str, shape: dict[str, Any], targets: set[str]
 ) -> None:
@@ -99,8 +104,7 @@ def test_the_default_is_query_and_value_whatever_they_are_called(
 
 
 def test_conv1d_is_shown_by_its_function(plan: Plan) -> None:
-    shape = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    made = plan("GPT2", shape, architecture="GPT2LMHeadModel", r=4)
+    made = plan("GPT2", GPT2 | {"n_layer": 1}, architecture="GPT2LMHeadModel", r=4)
     assert [(x.type, x.shape, x.parameters) for x in made.layers] == [("Conv1D", (48, 16), 4 * 64)]
     assert "Task: causal-lm." in made.notes
     assert made.counts["head"] == 0
@@ -155,3 +159,10 @@ def test_the_generators_are_left_alone(plan: Plan) -> None:
     before = torch.get_rng_state()
     plan("Bert", SMALL)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_without_weights_is_enough(plan: Plan, tmp_path: Path) -> None:
+    planned = plan("Bert", SMALL)
+    (tmp_path / "Bert" / "model.safetensors").unlink()
+    config = make_config({"model": str(tmp_path / "Bert"), "data": "", "out": ""}, "test")
+    assert plan_model(config).counts == planned.counts

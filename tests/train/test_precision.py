@@ -21,6 +21,8 @@ CPU = torch.device("cpu")
 class Network(nn.Module):
     """An encoder with a buffer, and a head that is to train."""
 
+    frequencies: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Linear(4, 6)
@@ -123,3 +125,35 @@ def test_the_cpu_s_own_words_count() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert allocation_failed(caught.value)
+
+
+def test_a_copy_in_the_middle_gives_the_bases_format_and_a_head_its_own() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import rankwise as rw
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor([[1, 2, 3]])
+    wanted = model(ids).logits
+    rw.attach(model, rw.LoRA(modules_to_save=["embed_tokens"], head="train"))
+    cast_frozen(model, torch.bfloat16)
+    logits = model(ids).logits
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, wanted, atol=0.02)
+    logits.sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert all(p.grad is not None for p in trained.values())
+    rw.detach(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(ids).logits.dtype == torch.bfloat16

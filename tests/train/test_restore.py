@@ -85,7 +85,7 @@ def test_folders_that_hold_no_run(tmp_path: Path, finished: Finished) -> None:
 def test_a_run_that_has_saved_nothing_yet(finished: Finished, tmp_path: Path) -> None:
     shutil.copytree(finished("single"), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
-    with pytest.raises(UserError, match="saved no adapter yet.*--resume"):
+    with pytest.raises(UserError, match=r"saved no adapter yet.*--resume"):
         restore(tmp_path / "run")
 
 

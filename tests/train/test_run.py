@@ -16,11 +16,21 @@ from rankwise.io.adapters import load_adapter, save_adapter
 from rankwise.train.config import FitConfig, make_config, read_config
 from rankwise.train.folder import claim
 from rankwise.train.model import load_base
-from rankwise.train.run import fit, load_data, make_method
+from rankwise.train.run import fit
+from rankwise.train.setup import load_data, make_method
 
 Options = Callable[..., FitConfig]
 Finished = Callable[[str], Path]
 
+PARTS = {
+    "adapter",
+    "last",
+    "checkpoints",
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "run.lock",
+}
 KINDS = ("single", "pair", "scores", "gpt2", "prompts", "llama", "tied", "head", "full")
 
 
@@ -30,9 +40,7 @@ KINDS = ("single", "pair", "scores", "gpt2", "prompts", "llama", "tied", "head",
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_folder_is_complete(finished: Finished, look: Any, kind: str) -> None:
     run = finished(kind)
-    assert {p.name for p in run.iterdir()} == {
-        "adapter", "last", "checkpoints", "config.yaml", "manifest.json", "metrics.jsonl", "run.lock"
-    }  # fmt: skip
+    assert {p.name for p in run.iterdir()} == PARTS
     manifest = look.manifest(run)
     assert manifest["status"] == "finished"
     best = max if manifest["metric"] in ("accuracy", "pearson") else min
@@ -344,14 +352,12 @@ def test_a_run_that_came_first_is_not_overwritten(
     target = tmp_path / "run"
 
     class Rival:
-        notes: list[str] = []
-
         def note(self, text: str) -> None:
             if not target.exists():
                 shutil.copytree(finished("single"), target)
 
-        def start(self, *_: Any) -> None: ...
-        def advance(self, *_: Any) -> None: ...
+        def start(self, what: str, total: int, done: int = 0) -> None: ...
+        def advance(self, done: int, values: Any) -> None: ...
         def finish(self) -> None: ...
 
     config = options(target, eval=None)  # it notes that rows are held out

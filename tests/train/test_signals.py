@@ -23,9 +23,10 @@ def test_the_first_signal_is_kept_and_the_second_acts(number: signal.Signals) ->
 
 
 def test_the_second_ctrl_c_ends_the_program() -> None:
-    with pytest.raises(KeyboardInterrupt), StopRequest():
+    with StopRequest():
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_the_handlers_are_put_back() -> None:
@@ -53,3 +54,21 @@ def test_the_message_says_how_to_go_on() -> None:
     error = Interrupted(signal.SIGINT, "rankwise fit --resume --out runs/first")
     assert error.number == 2
     assert "rankwise fit --resume --out runs/first" in str(error)
+
+
+def test_the_first_signal_is_answered_at_once() -> None:
+    told: list[str] = []
+    with StopRequest(told.append):
+        signal.raise_signal(signal.SIGTERM)
+        assert told == ["Stopping after this step; again to stop at once."]
+
+
+def test_an_answer_that_the_stream_refuses_stops_nothing() -> None:
+    """A stream refuses a line that comes in the middle of another one."""
+
+    def refuse(text: str) -> None:
+        raise RuntimeError("reentrant call")
+
+    with StopRequest(refuse) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT

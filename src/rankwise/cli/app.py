@@ -17,7 +17,6 @@ __all__ = ["main"]
 
 app = typer.Typer(
     name="rankwise",
-    help="Adapt a pre-trained model with low-rank updates (LoRA), and see what rank it needs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,16 +35,23 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(rankwise.__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _rankwise(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[  # noqa: ARG001 - main() takes it from anywhere in the line
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_version),
+    ] = False,
+    debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")
     ] = False,
 ) -> None:
-    if version:
-        print(rankwise.__version__)
-        raise typer.Exit
+    """Adapt a pre-trained model with low-rank updates (LoRA), and see what rank it needs."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -39,7 +39,7 @@ def command(
     if config is not None:
         values = read_config(config) | values
     if resume:
-        from rankwise.train.run import config_of_run
+        from rankwise.train.resume import config_of_run
 
         if "out" not in values:
             raise UserError("--resume goes on with a run; name its folder: --resume --out FOLDER")

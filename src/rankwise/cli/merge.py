@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from rankwise.cli.console import make_reporter
+
 __all__ = ["command"]
 
 
@@ -46,7 +48,13 @@ def command(
     from rankwise.train.export import merge_run
 
     certificate = merge_run(
-        run, out, model=model, which="last" if last else "adapter", dtype=dtype, probe=probe
+        run,
+        out,
+        model=model,
+        which="last" if last else "adapter",
+        dtype=dtype,
+        probe=probe,
+        reporter=make_reporter(),
     )
-    print(certificate.line())
+    print(f"{certificate.line()}; measured on {certificate.probe}")
     print(f"merged model: {out} (a transformers folder; load it as any other)")

@@ -77,7 +77,8 @@ def command(
     writer(made.rows)
     if made.metrics is not None:
         line = ", ".join(f"{k} {v:.4f}" for k, v in made.metrics.items())
-        print(f"{len(made.rows):,} rows: {line}", file=sys.stdout if out else sys.stderr)
+        part = f"{made.measured:,} of " if made.measured < len(made.rows) else ""
+        print(f"{part}{len(made.rows):,} rows: {line}", file=sys.stdout if out else sys.stderr)
     if out:
         print(f"predictions: {out}")
 

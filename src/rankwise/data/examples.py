@@ -42,6 +42,8 @@ class Examples:
         messages: conversations, for form "messages".
         labels: class numbers, indices into ``label_names``, or for regression floats.
         label_names: the classes, in the order of their numbers.
+        unlabelled: rows whose label is not known though others are, when labels may be absent;
+            their entry in ``labels`` is 0 and says nothing.
         columns: the columns that were read.
         notes: sentences for the user.
 
@@ -58,6 +60,7 @@ class Examples:
     messages: list[list[Message]] | None = None
     labels: list[int] | list[float] | None = None
     label_names: tuple[str, ...] = ()
+    unlabelled: frozenset[int] = frozenset()
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -97,7 +100,7 @@ class Examples:
         """
         digest = hashlib.sha256(json.dumps([self.task, self.form, self.label_names]).encode())
         for i in range(len(self)):
-            label = None if self.labels is None else self.labels[i]
+            label = None if self.labels is None or i in self.unlabelled else self.labels[i]
             row = json.dumps([self.content(i), label], ensure_ascii=False, sort_keys=True)
             digest.update(b"\n" + row.encode())
         return digest.hexdigest()
@@ -107,7 +110,9 @@ class Examples:
         lists = {
             n: [v[i] for i in indices] for n in _PER_ROW if (v := getattr(self, n)) is not None
         }
-        return replace(self, lines=[self.lines[i] for i in indices], **lists)
+        unlabelled = frozenset(n for n, i in enumerate(indices) if i in self.unlabelled)
+        lines = [self.lines[i] for i in indices]
+        return replace(self, lines=lines, unlabelled=unlabelled, **lists)
 
 
 def load_examples(
@@ -135,8 +140,8 @@ def load_examples(
             then a fault. None: the file's own labels, of which there must be at least two.
         file_format: overrules the file's suffix.
         limit: keep this many rows: a fixed random sample, in file order.
-        require_labels: False for prediction: labels (or completions) may be absent, and a label
-            column that cannot be read is left out with a note.
+        require_labels: False for prediction: labels (or completions) may be absent, no row is left
+            out, and those whose label cannot be read are ``unlabelled``, with a note.
         fallback: True for an evaluation file; see ``find_columns``.
 
     Raises:
@@ -179,6 +184,7 @@ class _Reader:
         self.problems: list[str] = []
         self.notes = list(found.notes)
         self.dropped: set[int] = set()
+        self.unlabelled: frozenset[int] = frozenset()
 
     def read(self, task: Task, label_names: Sequence[str] | None) -> Examples:
         """Examples for ``task``, or one UserError that lists every bad row."""
@@ -211,6 +217,7 @@ class _Reader:
             source=table.path,
             lines=table.lines,
             label_names=tuple(label_names) if label_names and task == "classification" else names,
+            unlabelled=self.unlabelled,
             columns=found.used(),
             notes=tuple(self.notes),
             **lists,
@@ -265,7 +272,7 @@ class _Reader:
 
     def numbers(self, column: str) -> list[float] | None:
         read = read_numbers(self.table, column)
-        if not self.usable(column, read.problems):
+        if not self.usable(column, read.values, read.problems):
             return None
         return [0.0 if v is None else v for v in read.values]
 
@@ -273,11 +280,11 @@ class _Reader:
         self, column: str, known: Sequence[str] | None
     ) -> tuple[list[int] | None, tuple[str, ...]]:
         read = read_classes(self.table, column, known)
-        if not self.usable(column, read.problems):
+        if not self.usable(column, read.values, read.problems):
             return None, ()
-        self.dropped.update(read.dropped)
         where = f"{self.table.path}: column '{column}'"
-        if read.dropped:
+        if read.dropped and self.require_labels:
+            self.dropped.update(read.dropped)
             self.notes.append(
                 f"{where} is '-' (no agreed label) in {len(read.dropped)} of "
                 f"{len(self.table)} rows, which are left out."
@@ -290,12 +297,23 @@ class _Reader:
             )
         return [0 if v is None else v for v in read.values], read.names
 
-    def usable(self, column: str, problems: list[str]) -> bool:
-        """Record label problems; False where labels may be absent and these cannot be read."""
-        if problems and not self.require_labels:
+    def usable(self, column: str, values: Sequence[float | None], problems: list[str]) -> bool:
+        """Record label problems; False where labels may be absent and none can be read."""
+        if self.require_labels:
+            self.problems += problems
+            return True
+        unknown = frozenset(i for i, value in enumerate(values) if value is None)
+        if not unknown:
+            return True
+        why = f": {problems[0]}" if problems else " (it is '-')."
+        if len(unknown) == len(values):
             self.notes.append(
-                f"The labels in '{column}' are left out, because not all can be read: {problems[0]}"
+                f"The labels in '{column}' are left out, because none can be read{why}"
             )
             return False
-        self.problems += problems
+        self.unlabelled = unknown
+        self.notes.append(
+            f"{self.table.path}: {len(unknown)} of {len(values)} rows have no known label in "
+            f"'{column}' and are left out of the metrics{why}"
+        )
         return True

@@ -16,6 +16,7 @@ from pathlib import Path
 from rankwise.errors import EnvironmentFault, RankwiseError, UserError, nearest
 
 __all__ = [
+    "append_text",
     "folder",
     "missing",
     "read_fault",
@@ -70,6 +71,29 @@ def write_chunks(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryvi
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """:func:`write_bytes` of the text in UTF-8, line ends as they are."""
     return write_bytes(path, text.encode("utf-8"))
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> int:
+    """Add text in UTF-8 to the end of a file, made where it is missing; returns its new length.
+
+    The file is not synced. Where only a part could be written, the file is cut back to what it was.
+
+    Raises:
+        EnvironmentFault: the disk is full, the folder cannot be written to, and the like.
+        UserError: ``path`` is a folder, or lies below a file.
+    """
+    target = _resolved(path)
+    with _explained(target), target.open("ab", buffering=0) as file:
+        before = file.tell()
+        rest = memoryview(text.encode("utf-8"))
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
+        return file.tell()
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> Path:

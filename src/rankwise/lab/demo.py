@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def run_demo(out: str | Path, demo: Demo, reporter: Reporter) -> str:
         runs.append(read_run(Path(config.out)))
     best = chosen(runs)
     run = folder / best.folder.name
-    certificate = _merged(run, folder / "merged")
+    certificate = _merged(run, folder)
     report = write_report(
         folder / "report.html",
         title="Rankwise demo: which part of the standard library is this docstring from?",
@@ -198,15 +199,20 @@ def _write_data(folder: Path, train: Examples, heldout: Examples) -> dict[str, s
     return written
 
 
-def _merged(run: Path, target: Path) -> dict[str, Any]:
-    """The certificate of the merged model, made now or before."""
-    if not target.exists():
-        certificate = merge_run(run, target)
-        line = certificate.line()
-        files.write_text(target / "certificate.txt", line + "\n")
+def _merged(run: Path, folder: Path) -> dict[str, Any]:
+    """The certificate of the chosen run's merged model, made now or before.
+
+    ``merged.json`` says which run ``merged/`` was made of, and holds the certificate's line.
+    """
+    target, note = folder / "merged", folder / "merged.json"
+    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    if known.get("run") != run.name or not target.exists():
+        if target.exists():
+            shutil.rmtree(target)
+        known = {"run": run.name, "line": merge_run(run, target).line()}
+        files.write_json(note, known)
     found = json.loads((target / "certificate.json").read_text(encoding="utf-8"))
-    found["line"] = (target / "certificate.txt").read_text(encoding="utf-8").strip()
-    return found
+    return {**found, "line": known["line"]}
 
 
 def _spectra(run: Path) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 EVENTS = "metrics.jsonl"
-STATUSES = ("finished", "interrupted", "running")
+STATUSES = ("finished", "interrupted", "failed", "running")
 
 
 @dataclass(frozen=True)

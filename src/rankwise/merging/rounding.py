@@ -115,7 +115,8 @@ def check_layer(name: str, layer: LoRALayer, merged: nn.Module, x: Tensor | None
 def check_weight(layer: LoRALayer, merged: Tensor) -> tuple[float, float, float, bool]:
     """Compare every element of W' with W0 + δ in float64.
 
-    docs/math.md (7a). An honest W' is fl_w(fl_f(W0 + fl_f(s B A))), f being float32 or float64 and w the dtype of W0:
+    An honest W' is fl_w(fl_f(W0 + fl_f(s B A))), f being float32 or float64 and w the dtype of W0
+    (docs/math.md (7a)):
 
         |W' - (W0 + δ)|  ≤  (u_w + u_f) |W0 + δ|  +  2 γ_{r+2}(f) s |B| |A|  +  η_w
 

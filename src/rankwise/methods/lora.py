@@ -21,6 +21,7 @@ from rankwise.methods.head import (
     untied_notes,
 )
 from rankwise.targets import (
+    ALL_LINEAR,
     Head,
     Site,
     find_head,
@@ -146,7 +147,10 @@ class LoRA:
                 nothing was said.
         """
         targets = default_targets(model) if self.target_modules is None else self.target_modules
-        chosen = select(model, tuple(targets), self.exclude_modules, self.layers)
+        excluded = tuple(self.exclude_modules)
+        if ALL_LINEAR in targets:  # which means all but what trains whole
+            excluded += tuple(extra_modules(model, self.modules_to_save))
+        chosen = select(model, tuple(targets), excluded, self.layers)
         names = [site.name for site in chosen]
         problems = [*self._unused_patterns(names), *self._bypassed(chosen)]
         problems.extend(_tied_twice(model, names))
@@ -209,7 +213,16 @@ class LoRA:
             )
         if self.head is not None:
             return self.head == "train"
-        if not head.names or touched or set(head.names) <= set(extra):
+        if not head.names or set(head.names) <= set(extra):
+            return False
+        if touched and head.kind == "classification":
+            raise UserError(
+                f"The targets mean '{touched[0]}' too, which is part of the output layer, so the "
+                "output layer would stay as it is but for a low-rank update. Put it in "
+                "exclude_modules and the output layer trains whole, or say LoRA(..., "
+                "head='freeze') where it is pre-trained for this very task."
+            )
+        if touched:
             return False
         if head.kind == "output":
             raise UserError(

@@ -31,6 +31,7 @@ class Progress:
     Attributes:
         step: optimiser steps done; the epoch and the batch follow from it.
         seconds: time spent in training steps so far.
+        eval_seconds: time spent in evaluations so far.
         skipped: steps whose loss or gradient was not finite.
         skipped_in_row: how many of them were the last ones.
         micro_batch: rows in one pass; halved when memory ran out.
@@ -53,6 +54,7 @@ class Progress:
     live: tuple[str, ...] = ()
     window: tuple[float, int] = (0.0, 0)
     log_bytes: int = 0
+    eval_seconds: float = 0.0
 
 
 def capture_rng(device: torch.device) -> dict[str, Any]:
@@ -75,8 +77,10 @@ def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if state["device"] is not None:
-        module = torch.cuda if device.type == "cuda" else torch.mps
-        module.set_rng_state(state["device"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["device"])
+        elif device.type == "mps":
+            torch.mps.set_rng_state(state["device"])
 
 
 def _device_rng(device: torch.device) -> Tensor | None:
@@ -94,6 +98,8 @@ def save(
     keep: int,
 ) -> Path:
     """Write a checkpoint under ``folder`` and drop the oldest beyond ``keep``.
+
+    Checkpoints of later steps go first: they were found damaged, or the run would not be here.
 
     The tensors and the state are written and synced first, the seal with their sha256 last, all
     in a folder of a temporary name that is then renamed: a reader finds a whole checkpoint or
@@ -115,7 +121,9 @@ def save(
         files.write_text(temporary / _STATE, json.dumps(state))
         seal = {name: files.sha256_file(temporary / name) for name in (_TENSORS, _STATE)}
         files.write_text(temporary / _SEAL, json.dumps(seal))
-    for old in _checkpoints(folder)[keep:]:
+    here = _checkpoints(folder)
+    later = here[: here.index(target)]
+    for old in [*later, *here[len(later) + keep :]]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

@@ -188,7 +188,9 @@ class FitConfig(BaseModel):
 def make_config(values: Mapping[str, Any], where: str) -> FitConfig:
     """Check values into a config; one error lists all that is wrong, with the nearest key.
 
-    ``where`` says where the values came from, for the message.
+    ``where`` says where the values came from, for the message. A default that follows from other
+    options (lr from method, α from r, metric from task) is filled in where it can be told, so that
+    a recorded config stays the same when defaults change.
 
     Raises:
         UserError: an unknown key, a missing one, or a value that does not fit.
@@ -203,7 +205,22 @@ def make_config(values: Mapping[str, Any], where: str) -> FitConfig:
         gather(UserError, where, problems)
         raise
     gather(UserError, where, problems)
-    return config
+    return config.model_copy(update=_defaults(config))
+
+
+def _defaults(config: FitConfig) -> dict[str, Any]:
+    """The values of options that were not given and follow from others.
+
+    With a rank_pattern α stays open: it is 2·r of each layer.
+    """
+    found: dict[str, Any] = {"lr": config.learning_rate}
+    if config.alpha is None and config.method == "lora" and not config.rank_pattern:
+        found["alpha"] = 2.0 * config.r
+    if config.metric is None and config.task != "auto":
+        from rankwise.train.metrics import METRICS  # it imports NumPy, which takes a moment
+
+        found["metric"] = METRICS[config.task][0]
+    return found
 
 
 def _explain(error: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ from rankwise.merging import merge
 from rankwise.train.evaluate import Rows
 from rankwise.train.model import fingerprint_folder, import_transformers, quiet_transformers
 from rankwise.train.predict import examples_of_file, examples_of_text
+from rankwise.train.reporter import Reporter, Silent
 from rankwise.train.restore import Restored, restore
+from rankwise.train.setup import in_order, load_data
 
 if TYPE_CHECKING:
     from rankwise.merging import Certificate
@@ -47,6 +50,7 @@ def merge_run(
     which: str = "adapter",
     dtype: str | None = None,
     probe: str | None = None,
+    reporter: Reporter | None = None,
 ) -> Certificate:
     """Write a run's model, its adapter merged in, as a plain transformers folder.
 
@@ -61,6 +65,7 @@ def merge_run(
         which: "adapter" (the best) or "last".
         dtype: "float32", "bfloat16" or "float16"; the base's own when None.
         probe: a file of rows like the training rows.
+        reporter: told what happens.
 
     Raises:
         UserError: ``out`` holds something, or the options do not fit the run.
@@ -72,14 +77,14 @@ def merge_run(
     wanted = None if dtype is None else getattr(torch, dtype)
     loaded = restore(run, model=model, which=which, dtype=wanted)
     network: Any = loaded.base.model
-    batch, described = _probe(loaded, probe)
-    certificate = merge(network, keep=False, probe=batch)
+    batch, described = _probe(loaded, probe, reporter or Silent())
+    certificate = replace(merge(network, keep=False, probe=batch), probe=described)
     if certificate.untied:
         network.config.tie_word_embeddings = False
     with files.folder(target) as temporary:
         with quiet_transformers():
             network.save_pretrained(temporary)
-            loaded.base.tokenizer.save_pretrained(temporary)
+            _unbound(loaded.base.tokenizer).save_pretrained(temporary)
         _read_back(network, temporary, batch)
         adapter = Path(run) / which
         weights = sorted(adapter.glob("*.safetensors"))
@@ -88,17 +93,25 @@ def merge_run(
             adapter=f"sha256:{files.sha256_file(weights[0])}",
             merged=fingerprint_folder(temporary),
         )
-        files.write_json(temporary / "certificate.json", _record(certificate, described))
+        files.write_json(temporary / "certificate.json", _record(certificate))
     return certificate
 
 
-def _record(certificate: Certificate, described: str) -> dict[str, Any]:
-    return {**certificate.to_json(), "probe": described, "read_back": "equal bit for bit"}
+def _record(certificate: Certificate) -> dict[str, Any]:
+    return {**certificate.to_json(), "read_back": "equal bit for bit"}
 
 
-def _probe(run: Restored, path: str | None) -> tuple[dict[str, Tensor], str]:
-    """A batch of probe rows, and a sentence on where they come from."""
-    examples, described = _probe_examples(run, path)
+def _unbound(tokenizer: Any) -> Any:
+    """The tokenizer without the cut and the padding that it was last called with."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _probe(run: Restored, path: str | None, watcher: Reporter) -> tuple[dict[str, Tensor], str]:
+    """A batch of probe rows, and words on where they come from."""
+    examples, described = _probe_examples(run, path, watcher)
     encoded = encode(examples, run.base.tokenizer, run.max_length)
     rows = Rows(encoded, run.manifest["task"], padding_id(run.base.tokenizer), torch.device("cpu"))
     batch = rows.batch(list(range(len(encoded))))
@@ -106,17 +119,35 @@ def _probe(run: Restored, path: str | None) -> tuple[dict[str, Tensor], str]:
     return batch, described
 
 
-def _probe_examples(run: Restored, path: str | None) -> tuple[Examples, str]:
+def _probe_examples(run: Restored, path: str | None, watcher: Reporter) -> tuple[Examples, str]:
     if path is not None:
         found = examples_of_file(run, path, limit=_PROBE_ROWS)
         return found, f"{len(found)} rows of {path}"
-    source = run.config.eval or run.config.data
     try:
-        found = examples_of_file(run, source, limit=_PROBE_ROWS)
-        return found, f"{len(found)} rows of {source}"
-    except RankwiseError:
+        return _own_rows(run)
+    except RankwiseError as error:
+        watcher.note(
+            f"The run's evaluation rows cannot be read, so the merge is measured on "
+            f"{len(_SENTENCES)} fixed sentences (--probe names a file). {error}"
+        )
         pairs = _SENTENCES[::-1] if run.manifest["form"] == "pair" else ()
         return examples_of_text(run, _SENTENCES, pairs), f"{len(_SENTENCES)} fixed sentences"
+
+
+def _own_rows(run: Restored) -> tuple[Examples, str]:
+    """Some of the run's evaluation rows: of its file, or of what was held out of training.
+
+    What was held out follows from the seed, as long as the file is what it was.
+    """
+    config = run.config
+    if config.eval is not None:
+        found = examples_of_file(run, config.eval, limit=_PROBE_ROWS)
+        return found, f"{len(found)} rows of {config.eval}"
+    held = in_order(load_data(config), run.manifest["label_names"]).held
+    found = held.subset(range(min(_PROBE_ROWS, len(held))))
+    if held.fingerprint == run.manifest["data"]["eval"]["fingerprint"]:
+        return found, f"{len(found)} rows held out of {config.data}"
+    return found, f"{len(found)} rows of {config.data}, which has changed since the training"
 
 
 def _read_back(network: Any, folder: Path, batch: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from rankwise.data.batches import BatchPlan
 from rankwise.errors import EnvironmentFault, UserError
+from rankwise.io.files import append_text
 from rankwise.train import checkpoint
 from rankwise.train.checkpoint import Progress
 from rankwise.train.config import FitConfig
@@ -81,7 +82,6 @@ class Loop:
         self.eval_every = config.eval_every or self.steps_per_epoch
         self.log_every = max(1, self.total // _LOGGED_STEPS)
         self.progress = Progress(micro_batch=config.batch_size)
-        self.eval_seconds = 0.0
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._saved_at = time.monotonic()
 
@@ -102,7 +102,11 @@ class Loop:
         if log.exists():
             with log.open("r+b") as stream:
                 stream.truncate(min(self.progress.log_bytes, log.stat().st_size))
-        self.reporter.note(f"Going on from step {self.progress.step} of {self.total}.")
+        self.reporter.note(
+            f"Going on from step {found.step} of {self.total}."
+            if found is not None
+            else "No checkpoint was written; starting again from step 0."
+        )
 
     def run(self) -> Progress:
         """Train to the last step.
@@ -114,7 +118,7 @@ class Loop:
         """
         self.reporter.start("training", self.total, self.progress.step)
         try:
-            with StopRequest() as stop:
+            with StopRequest(self.reporter.note) as stop:
                 while self.progress.step < self.total:
                     self._one_step()
                     step = self.progress.step
@@ -132,7 +136,8 @@ class Loop:
 
     def silent_parameters(self) -> list[str]:
         """Names of trained parameters that never had a gradient other than zero."""
-        return [name for name in self.parameters if name not in self.progress.live]
+        live = set(self.progress.live)
+        return [name for name in self.parameters if name not in live]
 
     def _one_step(self) -> None:
         began = time.perf_counter()
@@ -222,12 +227,11 @@ class Loop:
         )
 
     def _note_live(self) -> None:
-        missing = [n for n in self.parameters if n not in set(self.progress.live)]
-        if not missing:
+        if len(self.progress.live) == len(self.parameters):
             return
         new = [
             name
-            for name in missing
+            for name in self.silent_parameters()
             if (grad := self.parameters[name].grad) is not None and bool(grad.any())
         ]
         self.progress = replace(self.progress, live=(*self.progress.live, *new))
@@ -263,7 +267,8 @@ class Loop:
         rng = checkpoint.capture_rng(self.train_rows.device)
         began = time.perf_counter()
         metrics = evaluate(self.model, self.held, self.config.eval_batch_size)
-        self.eval_seconds += time.perf_counter() - began
+        seconds = self.progress.eval_seconds + time.perf_counter() - began
+        self.progress = replace(self.progress, eval_seconds=seconds)
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._log({"event": "eval", **finite})
         p = self.progress
@@ -280,9 +285,7 @@ class Loop:
         step = self.progress.step
         epoch = round(step / self.steps_per_epoch, 4)
         line = json.dumps({"event": row["event"], "step": step, "epoch": epoch, **row}) + "\n"
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(line)
-            length = stream.tell()
+        length = append_text(self.folder / "metrics.jsonl", line)
         self.progress = replace(self.progress, log_bytes=length)
 
     def _save(self) -> None:

@@ -133,6 +133,7 @@ def surroundings(device: torch.device, dtype: str, reason: str) -> dict[str, Any
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "device_type": device.type,
             "dtype": dtype,
             "dtype_reason": reason,
             "system": f"{platform.system()} {platform.machine()}",

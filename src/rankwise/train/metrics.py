@@ -28,7 +28,11 @@ def main_metric(task: str, named: str | None) -> str:
 
     Raises:
         UserError: the named metric is none of this task's.
+        EnvironmentFault: the libraries that compute the task's metrics are not installed, which
+            is better known before the training than after it.
     """
+    if task != "causal-lm":
+        _libraries()
     if named is None:
         return METRICS[task][0]
     if named not in METRICS[task]:
@@ -69,17 +73,7 @@ def score(
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf, "loss": loss}
     if outputs is None or labels is None:
         raise ValueError(f"{task} needs outputs and labels")
-    try:
-        import scipy.stats
-        import sklearn.metrics
-    except ImportError as error:
-        raise EnvironmentFault(
-            "Metrics need scikit-learn, which is not installed. "
-            'Install it with: pip install "rankwise[text]"'
-        ) from error
-    # The stubs of both packages lag behind their code.
-    stats: Any = scipy.stats
-    metrics: Any = sklearn.metrics
+    stats, metrics = _libraries()
     if task == "regression":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.ConstantInputWarning)
@@ -96,3 +90,16 @@ def score(
         "matthews": float(metrics.matthews_corrcoef(labels, predicted)),
         "loss": loss,
     }
+
+
+def _libraries() -> tuple[Any, Any]:
+    """SciPy's statistics and scikit-learn's metrics; Any, as their stubs lag behind their code."""
+    try:
+        import scipy.stats
+        import sklearn.metrics
+    except ImportError as error:
+        raise EnvironmentFault(
+            "Metrics need scikit-learn, which is not installed. "
+            'Install it with: pip install "rankwise[text]"'
+        ) from error
+    return scipy.stats, sklearn.metrics

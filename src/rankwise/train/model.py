@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Generator, Iterable, Sequence
+import re
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,23 @@ from torch import nn
 from rankwise.data.encode import padding_id
 from rankwise.errors import ArtifactError, EnvironmentFault, UserError, nearest
 from rankwise.methods.head import head_modules
+from rankwise.targets import shared_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Base", "fingerprint_folder", "load_base", "load_config", "load_tokenizer"]
+__all__ = [
+    "AUTO_CLASSES",
+    "Base",
+    "class_names",
+    "fingerprint_folder",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+]
 
-_AUTO = {
+# The class of transformers that makes a model for each task.
+AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
@@ -43,6 +54,8 @@ class Base:
         fingerprint: sha256 of the weight files, or the hub commit.
         fresh: names of parameters that the checkpoint did not hold, now random.
         longest: the longest input the model takes, in tokens, or None where it has no limit.
+        foreign: the classes that the checkpoint's head was trained for, where it is kept and they
+            are others than the task's, or stand in another order; empty elsewhere.
     """
 
     model: PreTrainedModel
@@ -51,6 +64,7 @@ class Base:
     fingerprint: str
     fresh: tuple[str, ...]
     longest: int | None
+    foreign: tuple[str, ...] = ()
 
 
 def load_base(
@@ -74,6 +88,9 @@ def load_base(
     """
     transformers = import_transformers()
     config = load_config(source, revision)
+    if is_local(source):
+        _check_weights(Path(source))
+    named = class_names(config)
     tokenizer = load_tokenizer(source, revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -87,7 +104,7 @@ def load_base(
     for name, value in settings.items():
         setattr(config, name, value)
     config.pad_token_id = padding_id(tokenizer)
-    loader = getattr(transformers, _AUTO[task])
+    loader = getattr(transformers, AUTO_CLASSES[task])
     with _explained(source), quiet_transformers():
         model, info = loader.from_pretrained(
             source,
@@ -103,8 +120,9 @@ def load_base(
     tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in takes]
     mismatched = [str(entry[0]) for entry in info["mismatched_keys"]]
     fresh = {*map(str, info["missing_keys"]), *mismatched}
-    fresh &= {name for name, _ in model.named_parameters()}
-    _refuse_holes(source, model, fresh, mismatched)
+    fresh &= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    _refuse_holes(source, model, fresh, mismatched, pooler=task != "causal-lm")
+    known = named if task == "classification" else ()
     return Base(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -112,7 +130,26 @@ def load_base(
         fingerprint=fingerprint(source, config),
         fresh=tuple(sorted(fresh)),
         longest=_longest(model, tokenizer),
+        foreign=_foreign(model, fresh, known, label_names),
     )
+
+
+def _foreign(
+    model: nn.Module, fresh: Iterable[str], named: tuple[str, ...], wanted: Sequence[str]
+) -> tuple[str, ...]:
+    """The classes that a kept head knows, where they are not the wanted ones in their order."""
+    head = tuple(f"{name}." for name in head_modules(model))
+    same = [name.casefold() for name in named] == [str(name).casefold() for name in wanted]
+    return () if same or any(name.startswith(head) for name in fresh) else named
+
+
+def class_names(config: Any) -> tuple[str, ...]:
+    """The classes that a checkpoint's head was trained for, in its order, by a config's id2label.
+
+    Empty when they are transformers' own LABEL_0, LABEL_1, ..., which name nothing.
+    """
+    names = tuple(str(config.id2label[i]) for i in sorted(config.id2label or {}))
+    return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
 def load_config(source: str, revision: str | None = None) -> Any:
@@ -191,6 +228,9 @@ def _check_folder(folder: Path) -> None:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{folder / 'config.json'} is not readable JSON: {error}.") from error
+
+
+def _check_weights(folder: Path) -> None:
     if not any((folder / name).is_file() for name in _WEIGHTS):
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         why = f" (it has {', '.join(pickled)}, which could run code when read)" if pickled else ""
@@ -247,12 +287,20 @@ def fingerprint_folder(folder: Path) -> str:
 
 
 def _refuse_holes(
-    source: str, model: nn.Module, fresh: Iterable[str], mismatched: Iterable[str]
+    source: str, model: nn.Module, fresh: Iterable[str], mismatched: Collection[str], pooler: bool
 ) -> None:
-    """Refuse a checkpoint that lacks more than a head or a pooler may lack."""
+    """Refuse a checkpoint that lacks more than its head, or, where ``pooler`` says so, its pooler.
+
+    An output layer that shares its weight with an embedding is no head that may be lacking.
+    """
     head = tuple(f"{name}." for name in head_modules(model))
-    in_blocks = [n for n in fresh if any(part.isdigit() for part in n.split("."))]
-    holes = sorted(n for n in {*in_blocks, *mismatched} if not n.startswith(head))
+    tied = {name for group in shared_weights(model) for name in group}
+
+    def may_lack(name: str) -> bool:
+        in_pooler = pooler and name not in mismatched and "pooler" in name.split(".")
+        return in_pooler or (name.startswith(head) and name not in tied)
+
+    holes = sorted(name for name in fresh if not may_lack(name))
     if holes:
         raise ArtifactError(
             f"The weights in '{source}' are not those of its config.json: {len(holes)} are missing "

@@ -14,16 +14,16 @@ from rankwise.methods.head import head_modules
 from rankwise.methods.lora import LoRA
 from rankwise.train.config import FitConfig
 from rankwise.train.manifest import counts
-from rankwise.train.model import Base, import_transformers, load_config, quiet_transformers
-from rankwise.train.run import make_method
+from rankwise.train.model import (
+    AUTO_CLASSES,
+    Base,
+    import_transformers,
+    load_config,
+    quiet_transformers,
+)
+from rankwise.train.setup import make_method
 
 __all__ = ["LayerPlan", "ModelPlan", "plan_model"]
-
-_CLASSES = {
-    "classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -118,4 +118,4 @@ def _task_of(settings: Any) -> str:
 def _skeleton(settings: Any, task: str) -> nn.Module:
     transformers = import_transformers()
     with torch.device("meta"), quiet_transformers():
-        return getattr(transformers, _CLASSES[task]).from_config(settings)
+        return getattr(transformers, AUTO_CLASSES[task]).from_config(settings)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.attaching import trained_copies
+from rankwise.attaching import attachment, trained_copies
 from rankwise.errors import EnvironmentFault
+from rankwise.targets import find_head
 
 __all__ = ["Choice", "cast_frozen", "choose_device", "choose_dtype"]
 
@@ -93,26 +94,36 @@ def _seconds(dtype: torch.dtype, width: int) -> float:
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the frozen floating-point parameters to ``dtype`` once; what trains stays as it is.
 
-    Buffers keep their format (rotary frequencies need float32). A trained copy of a module, such
-    as the head, takes its inputs in its own format from then on.
+    Buffers keep their format (rotary frequencies need float32). A trained copy of a module takes
+    its inputs in its own format from then on and gives its outputs in ``dtype``; a head keeps its
+    outputs, the logits, in its own. The originals that the copies stand for are cast as well, so
+    that detaching gives a model of one format.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dtype.is_floating_point:
             parameter.data = parameter.data.to(dtype)
-    for module in trained_copies(model).values():
+    for original in attachment(model).originals.values():
+        original.to(dtype)
+    head = find_head(model)
+    for name, module in trained_copies(model).items():
         module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        if not head.holds(name):
+            module.register_forward_hook(lambda _module, _args, made: _cast(made, dtype))
 
 
 def _cast_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     dtype = next(p.dtype for p in module.parameters())
+    return tuple(_cast(a, dtype) for a in args), {k: _cast(v, dtype) for k, v in kwargs.items()}
 
-    def cast(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if is_float else value
 
-    return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor, or those of a tuple, in this format; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_cast(part, dtype) for part in value)
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
 
 
 def allocation_failed(error: BaseException) -> bool:

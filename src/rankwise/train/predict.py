@@ -1,49 +1,43 @@
-"""Predictions of a run's model: labels and probabilities, scores, or generated text."""
+"""Predictions of a run's model: labels and probabilities, scores, or text; and their metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
-from rankwise.data.batches import BatchPlan, collate
-from rankwise.data.encode import encode, encode_prompts, padding_id
-from rankwise.data.examples import ColumnNames, Examples, load_examples
+from rankwise.data.encode import encode, padding_id
+from rankwise.data.examples import Examples, load_examples
 from rankwise.errors import UserError
 from rankwise.train.evaluate import Rows, evaluate, outputs
+from rankwise.train.generation import Generation, generate
 from rankwise.train.metrics import score
 from rankwise.train.precision import choose_device
 from rankwise.train.reporter import Reporter, Silent
 from rankwise.train.restore import Restored
+from rankwise.train.setup import column_names
 
 __all__ = ["Generation", "Predictions", "examples_of_file", "examples_of_text", "predict"]
 
 
 @dataclass(frozen=True)
-class Generation:
-    """How a language model continues a prompt.
+class Predictions:
+    """One record for each row, in order, and the metrics where rows have labels.
 
     Attributes:
-        max_new_tokens: the longest continuation; at most half of what the model takes.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        seed: of the drawing.
+        rows: the records; ``row`` counts the rows of the source from 1.
+        metrics: over the rows that have a label or a completion, None where none has.
+        measured: how many rows the metrics are over.
     """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """One record for each row, in order, and the metrics where the rows have labels."""
 
     rows: list[dict[str, Any]]
     metrics: Mapping[str, float] | None
+    measured: int = 0
 
 
 def examples_of_text(run: Restored, texts: Sequence[str], pairs: Sequence[str]) -> Examples:
@@ -74,18 +68,10 @@ def examples_of_text(run: Restored, texts: Sequence[str], pairs: Sequence[str]) 
 def examples_of_file(run: Restored, path: str, limit: int | None = None) -> Examples:
     """Examples from a file, with or without labels, for this run's task."""
     config = run.config
-    columns = ColumnNames(
-        text=config.text_column,
-        pair=config.pair_column,
-        label=config.label_column,
-        prompt=config.prompt_column,
-        completion=config.completion_column,
-        messages=config.messages_column,
-    )
     examples = load_examples(
         path,
         run.manifest["task"],
-        columns,
+        column_names(config),
         label_names=run.manifest["label_names"] or None,
         limit=limit,
         require_labels=False,
@@ -112,32 +98,76 @@ def predict(
 
     Classification gives ``label`` and ``probabilities``, regression ``score``, a language model
     ``generated``. Rows with labels also give metrics; a language model is then measured by the
-    perplexity of the given completions.
+    perplexity of the given completions. No row is left out of the predictions.
     """
     watcher = reporter or Silent()
+    for note in examples.notes:
+        watcher.note(note)
     where = choose_device(device)
-    model: Any = run.base.model
-    model.to(where)
-    task = run.manifest["task"]
-    pad = padding_id(run.base.tokenizer)
-    if task == "causal-lm":
-        made = _generate(run, examples, batch_size, where, generation, watcher)
+    run.base.model.to(where)  # type: ignore[arg-type]
+    if run.manifest["task"] == "causal-lm":
+        made = generate(run, examples, batch_size, where, generation or Generation(), watcher)
         rows = [{"row": i + 1, "generated": text} for i, text in enumerate(made)]
-        if not _has_targets(examples):
-            return Predictions(rows, None)
-        encoded = encode(examples, run.base.tokenizer, run.max_length)
-        return Predictions(rows, evaluate(model, Rows(encoded, task, pad, where), batch_size))
+        return _with_perplexity(run, examples, rows, batch_size, where, watcher)
+    return _labelled(run, examples, batch_size, where, watcher)
+
+
+def _labelled(
+    run: Restored, examples: Examples, batch_size: int, device: torch.device, watcher: Reporter
+) -> Predictions:
+    task = run.manifest["task"]
     encoded = encode(examples, run.base.tokenizer, run.max_length)
     for note in encoded.notes:
         watcher.note(note)
-    values, loss = outputs(model, Rows(encoded, task, pad, where), batch_size, watcher)
+    bare = Rows(replace(encoded, labels=None), task, padding_id(run.base.tokenizer), device)
+    values, _ = outputs(run.base.model, bare, batch_size, watcher)
     if values is None:  # pragma: no cover - only language models keep no outputs
         raise AssertionError(task)
     rows = _records(values, run.manifest["label_names"], task)
     if examples.labels is None:
         return Predictions(rows, None)
-    labels = np.asarray(examples.labels, dtype=np.float64)
-    return Predictions(rows, score(task, loss, values, labels))
+    kept = [i for i in range(len(examples)) if i not in examples.unlabelled]
+    labels = np.asarray(examples.labels, dtype=np.float64)[kept]
+    values = values[kept]
+    loss = _mean_loss(task, values, labels)
+    return Predictions(rows, score(task, loss, values, labels), len(kept))
+
+
+def _mean_loss(task: str, values: NDArray[np.float32], labels: NDArray[np.float64]) -> float:
+    """The loss of training, its mean over rows."""
+    found, wanted = torch.from_numpy(values).double(), torch.from_numpy(labels)
+    if task == "regression":
+        return F.mse_loss(found, wanted).item()
+    return F.cross_entropy(found, wanted.long()).item()
+
+
+def _with_perplexity(
+    run: Restored,
+    examples: Examples,
+    rows: list[dict[str, Any]],
+    batch_size: int,
+    device: torch.device,
+    watcher: Reporter,
+) -> Predictions:
+    """The records of a language model with the metrics over the rows that hold a completion."""
+    kept = _rows_with_targets(examples)
+    if not kept:
+        return Predictions(rows, None)
+    if len(kept) < len(examples):
+        watcher.note(
+            f"{examples.source}: {len(kept)} of {len(examples)} rows hold a completion; the "
+            "metrics are over these."
+        )
+    tokenizer = run.base.tokenizer
+    try:
+        encoded = encode(examples.subset(kept), tokenizer, run.max_length)
+    except UserError as error:  # no completion within the length: what was generated still counts
+        watcher.note(f"There are no metrics. {error}")
+        return Predictions(rows, None)
+    for note in encoded.notes:
+        watcher.note(note)
+    measured = Rows(encoded, "causal-lm", padding_id(tokenizer), device)
+    return Predictions(rows, evaluate(run.base.model, measured, batch_size, watcher), len(encoded))
 
 
 def _records(values: NDArray[np.float32], names: Sequence[str], task: str) -> list[dict[str, Any]]:
@@ -155,53 +185,11 @@ def _records(values: NDArray[np.float32], names: Sequence[str], task: str) -> li
     ]
 
 
-def _has_targets(examples: Examples) -> bool:
+def _rows_with_targets(examples: Examples) -> list[int]:
+    """The rows that say what a language model should have answered."""
     if examples.prompts is not None:
-        return all(completion for _, completion in examples.prompts)
+        return [i for i, (_, completion) in enumerate(examples.prompts) if completion]
     if examples.messages is not None:
-        return all(chat[-1]["role"] == "assistant" for chat in examples.messages)
-    return examples.source != "--text"
-
-
-def _generate(
-    run: Restored,
-    examples: Examples,
-    batch_size: int,
-    device: torch.device,
-    generation: Generation | None,
-    watcher: Reporter,
-) -> list[str]:
-    """Continuations in row order; prompts are padded on the left, in batches of like length."""
-    how = generation or Generation()
-    tokenizer: Any = run.base.tokenizer
-    model: Any = run.base.model
-    longest, most = run.base.longest, how.max_new_tokens
-    if longest is not None and most > longest // 2:
-        most = max(1, longest // 2)
-        watcher.note(f"The model takes {longest} tokens in all; at most {most} are generated.")
-    room = run.max_length if longest is None else min(run.max_length, longest - most)
-    encoded = encode_prompts(examples, tokenizer, room)
-    for note in encoded.notes:
-        watcher.note(note)
-    plan = BatchPlan(encoded.lengths, batch_size, shuffle=False)
-    made: dict[int, str] = {}
-    torch.manual_seed(how.seed)
-    options: dict[str, Any] = {"do_sample": how.temperature > 0}
-    if how.temperature > 0:
-        options["temperature"] = how.temperature
-    watcher.start("generating", len(encoded))
-    for indices in plan.epoch(0):
-        batch = collate(encoded, indices, padding_id(tokenizer), side="left")
-        length = batch["input_ids"].shape[1]
-        with torch.no_grad():
-            tokens = model.generate(
-                **{k: v.to(device) for k, v in batch.items() if k != "token_type_ids"},
-                max_new_tokens=most,
-                pad_token_id=padding_id(tokenizer),
-                **options,
-            )
-        texts = tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
-        made.update(zip(indices, texts, strict=True))
-        watcher.advance(len(made), {})
-    watcher.finish()
-    return [made[i] for i in range(len(encoded))]
+        last = [chat[-1]["role"] for chat in examples.messages]
+        return [i for i, role in enumerate(last) if role == "assistant"]
+    return list(range(len(examples))) if examples.source != "--text" else []

@@ -13,6 +13,7 @@ from rankwise.io.adapters import load_adapter
 from rankwise.train.config import FitConfig, make_config
 from rankwise.train.manifest import read_manifest
 from rankwise.train.model import Base, load_base
+from rankwise.train.setup import longest_input
 
 __all__ = ["Restored", "restore"]
 
@@ -33,8 +34,7 @@ class Restored:
 
     @property
     def max_length(self) -> int:
-        longest = self.base.longest or self.config.max_length
-        return min(self.config.max_length, longest)
+        return longest_input(self.config, self.base)
 
 
 def restore(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -27,12 +29,14 @@ class Interrupted(Exception):
 class StopRequest:
     """While the block runs, SIGINT and SIGTERM are kept in ``number`` instead of ending it.
 
-    After the first, the former handlers are back, so a second one ends the program at once.
-    Outside the main thread signals cannot be caught, and nothing is changed.
+    After the first, which is answered with a line to ``note``, the former handlers are back, so a
+    second one ends the program at once. Outside the main thread signals cannot be caught, and
+    nothing is changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], None] | None = None) -> None:
         self.number: int | None = None
+        self._note = note
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -52,6 +56,10 @@ class StopRequest:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
+        if self._note is not None:
+            # the signal may have come in the middle of another line, which streams refuse to mix
+            with contextlib.suppress(RuntimeError):
+                self._note("Stopping after this step; again to stop at once.")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

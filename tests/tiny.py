@@ -137,8 +137,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Llama of two layers of 32 with grouped keys, a chat template, and a tokenizer that says more
-    than Llama takes."""
+    """Llama of two layers of 32: grouped keys, a chat template, token types it does not take."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(4)
@@ -174,7 +173,7 @@ def half(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 def sentence(draw: random.Random, mood: tuple[str, ...]) -> str:
-    words = draw.choices(PLAIN, k=draw.randint(2, 9))
+    words: list[str] = draw.choices(PLAIN, k=draw.randint(2, 9))
     words.insert(draw.randrange(len(words) + 1), draw.choice(mood))
     return " ".join(words)
 

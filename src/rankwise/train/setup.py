@@ -1,0 +1,205 @@
+"""What a run is made of: the examples, the method and the lengths that its config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.attaching import Method, attach
+from rankwise.data.encode import encode, padding_id
+from rankwise.data.examples import ColumnNames, Examples, load_examples
+from rankwise.data.splits import leakage, require_same_form, split
+from rankwise.errors import UserError
+from rankwise.inits import Gaussian, Kaiming
+from rankwise.methods.full import Full
+from rankwise.methods.head import HeadOnly, head_modules
+from rankwise.methods.lora import LoRA
+from rankwise.train.config import FitConfig
+from rankwise.train.evaluate import Rows
+from rankwise.train.model import Base, fresh_modules, recompute_activations
+from rankwise.train.precision import Choice, cast_frozen, choose_dtype
+from rankwise.train.reporter import Reporter
+
+__all__ = [
+    "Data",
+    "column_names",
+    "in_order",
+    "listed",
+    "load_data",
+    "longest_input",
+    "make_method",
+    "prepare",
+]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and evaluation examples of one form."""
+
+    train: Examples
+    held: Examples
+    notes: tuple[str, ...] = ()
+
+
+def column_names(config: FitConfig) -> ColumnNames:
+    """The columns that a config names."""
+    return ColumnNames(
+        text=config.text_column,
+        pair=config.pair_column,
+        label=config.label_column,
+        prompt=config.prompt_column,
+        completion=config.completion_column,
+        messages=config.messages_column,
+    )
+
+
+def longest_input(config: FitConfig, base: Base) -> int:
+    """The longest input in tokens: what the config asks for, or less where the model takes less."""
+    return min(config.max_length, base.longest or config.max_length)
+
+
+def load_data(config: FitConfig) -> Data:
+    """Read and check the examples a config names; hold some out when there is no --eval."""
+    columns = column_names(config)
+    train = load_examples(config.data, config.task, columns, limit=config.limit)
+    notes = list(train.notes)
+    if config.eval is None:
+        train, held = split(train, config.eval_fraction, config.seed)
+        notes.append(
+            f"No --eval was given: {len(held):,} of the {len(train) + len(held):,} rows are held "
+            "out for evaluation."
+        )
+    else:
+        held = load_examples(
+            config.eval,
+            train.task,
+            columns,
+            label_names=train.label_names or None,
+            fallback=True,
+        )
+        notes.extend(held.notes)
+        require_same_form(train, held)
+        shared = leakage(train, held)
+        if shared.count:
+            notes.append(shared.note)
+    return Data(train, held, tuple(notes))
+
+
+def in_order(data: Data, names: Sequence[str]) -> Data:
+    """The data with its classes numbered in the order of ``names``, capitals aside.
+
+    So a head that was trained for these classes means the same ones. Data of other classes, or
+    without classes, come back as they are.
+    """
+    own = data.train.label_names
+    place = {name.casefold(): i for i, name in enumerate(names)}
+    same = len(place) == len(names) and sorted(place) == sorted(map(str.casefold, own))
+    if not own or not same:
+        return data
+    order = sorted(own, key=lambda name: place[name.casefold()])
+    number = {old: order.index(name) for old, name in enumerate(own)}
+
+    def renumbered(examples: Examples) -> Examples:
+        labels = [number[int(label)] for label in examples.labels or ()]
+        return replace(examples, labels=labels, label_names=tuple(order))
+
+    return Data(renumbered(data.train), renumbered(data.held), data.notes)
+
+
+def make_method(config: FitConfig, base: Base) -> Method:
+    """The method a config names; modules that the checkpoint left random train with it.
+
+    Raises:
+        UserError: --head freeze, and the head is random or means other classes.
+    """
+    if config.method == "full":
+        return Full()
+    head = head_modules(base.model)
+    fresh = fresh_modules(base.fresh, head)
+    whole = tuple(dict.fromkeys([*config.modules_to_save, *fresh]))
+    if config.method == "head":
+        return HeadOnly(whole)
+    missing = [n for n in base.fresh if n.startswith(tuple(f"{h}." for h in head))]
+    if config.head == "freeze" and missing:
+        raise UserError(
+            f"--head freeze would keep the output layer at random values, as {listed(missing)} "
+            f"are not in the checkpoint '{base.source}', and they would be saved nowhere. Use "
+            "--head train."
+        )
+    if config.head == "freeze" and base.foreign:
+        raise UserError(
+            f"--head freeze would keep an output layer that means other classes: in the checkpoint "
+            f"'{base.source}' it was trained for {listed(base.foreign)}, which are not the labels "
+            "of the data. Use --head train."
+        )
+    return LoRA(
+        r=config.r,
+        alpha=config.alpha,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        layers=config.layers,
+        rank_stabilized=config.rank_stabilized,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        dropout=config.dropout,
+        init={"kaiming": Kaiming(), "gaussian": Gaussian()}[config.init],
+        head="train" if missing else None if config.head == "auto" else config.head,
+        modules_to_save=whole,
+    )
+
+
+def prepare(
+    config: FitConfig,
+    data: Data,
+    base: Base,
+    device: torch.device,
+    before: Mapping[str, Any] | None,
+    watcher: Reporter,
+) -> tuple[nn.Module, Rows, Rows, Choice]:
+    """The model with its method, on its device in its number format, and the encoded rows.
+
+    ``before`` is the manifest of the run that goes on, whose number format is kept.
+
+    Raises:
+        UserError: the rows, the method or the number format do not fit the model.
+    """
+    length = longest_input(config, base)
+    pad = padding_id(base.tokenizer)
+    rows: list[Rows] = []
+    for name, examples in (("training", data.train), ("evaluation", data.held)):
+        encoded = encode(examples, base.tokenizer, length)
+        for note in encoded.notes:
+            watcher.note(f"{name}: {note}")
+        rows.append(Rows(encoded, examples.task, pad, device))
+    model: Any = base.model
+    done = attach(model, make_method(config, base))
+    for note in done.notes:
+        watcher.note(note)
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    frozen = config.method != "full"
+    if before is not None:
+        hardware = before["hardware"]
+        choice = Choice(getattr(torch, hardware["dtype"]), hardware["dtype_reason"])
+    else:
+        width = int(getattr(base.model.config, "hidden_size", 512))
+        choice = choose_dtype(config.dtype, device, width, frozen)
+    if choice.dtype != torch.float32:
+        if not frozen:
+            raise UserError(
+                "--dtype bfloat16 is for a frozen base; full fine-tuning trains the base itself "
+                "and keeps it in float32. Use --dtype float32 or auto."
+            )
+        cast_frozen(model, choice.dtype)
+    watcher.note(f"Base in {choice.name} on {device.type} ({choice.reason}).")
+    return model.to(device), rows[0], rows[1], choice
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names in a sentence, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
