@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,13 @@ def test_resume_needs_no_other_flag_than_out(
     assert "finished" in capsys.readouterr().err
     assert left("fit", "--resume") == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_the_config_of_a_run_folder_can_be_used_again(
+    finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = finished("single") / "config.yaml"
+    assert left("fit", "--config", file, "--out", tmp_path / "again", "--print-config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown == yaml.safe_load(file.read_text()) | {"out": str(tmp_path / "again")}
+    assert shown["alpha"] == 4

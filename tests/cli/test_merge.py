@@ -25,7 +25,9 @@ def test_the_merged_folder_needs_no_rankwise(
 
     run, out = finished("single"), tmp_path / "merged"
     assert left("merge", run, "--out", out) == 0
-    assert "certificate passed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "certificate passed" in told
+    assert "; measured on 16 rows of " in told
     assert json.loads((out / "certificate.json").read_text())["passed"] is True
     assert left("predict", run, "--text", "good film") == 0
     row = json.loads(capsys.readouterr().out)

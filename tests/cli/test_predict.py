@@ -81,3 +81,15 @@ def test_a_language_model_goes_on_with_the_text(
     assert isinstance(json.loads(first)["generated"], str)
     assert left(*words) == 0
     assert capsys.readouterr().out == first
+
+
+def test_metrics_say_how_many_rows_they_are_over(
+    finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "some.tsv"
+    data.write_text("sentence\tlabel\ngood film\t1\nbad film\t-\nold house\t0\n")
+    assert left("predict", finished("single"), "--data", data) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["row"] for line in out.splitlines()] == [1, 2, 3]
+    assert "1 of 3 rows have no known label" in err
+    assert "2 of 3 rows: accuracy" in err

@@ -354,3 +354,25 @@ def test_sst2_without_flags_and_with(shared):
     assert noted == dev
     assert noted.fingerprint == dev.fingerprint
     assert "'sentence'" in noted.notes[0]
+
+
+def test_prediction_keeps_rows_whose_label_is_not_known(tmp_path):
+    path = tsv(tmp_path, "a\t1", "b\t-", "c\tother", "d\t0")
+    options = {"task": "classification", "label_names": ("0", "1"), "require_labels": False}
+    found = load_examples(path, **options)
+    assert (found.texts, found.lines) == (["a", "b", "c", "d"], [2, 3, 4, 5])
+    assert (found.labels, found.unlabelled) == ([1, 0, 0, 0], {1, 2})
+    assert "2 of 4 rows have no known label" in found.notes[0]
+    assert "'other'" in found.notes[0]
+    part = found.subset([3, 2, 0])
+    assert (part.labels, part.unlabelled) == ([0, 0, 1], {1})
+    assert (
+        part.fingerprint
+        != load_examples(tsv(tmp_path, "d\t0", "c\t0", "a\t1"), **options).fingerprint
+    )
+
+
+def test_prediction_keeps_rows_whose_score_is_not_known(tmp_path):
+    path = tsv(tmp_path, "a\t0.5", "b\tn/a", header="sentence\tscore")
+    found = load_examples(path, task="regression", require_labels=False)
+    assert (found.labels, found.unlabelled) == ([0.5, 0.0], {1})

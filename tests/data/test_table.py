@@ -330,13 +330,19 @@ def test_unknown_suffix_and_unknown_format(tmp_path):
     assert "Did you mean 'csv' or 'tsv'?" in refused(tmp_path / "a.dat", file_format="csvv")
 
 
-@pytest.mark.parametrize("damage", [b"", b"plain words", gzip.compress(b"text\nx\n" * 99)[:-9]])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"plain words", gzip.compress(b"text\nx\n" * 99, mtime=0)[:-9]],
+    ids=["empty", "text", "cut"],
+)
 def test_a_damaged_gzip_file(tmp_path, damage):
     message = refused(write(tmp_path, "a.csv.gz", damage), ArtifactError if damage else UserError)
     assert "gzip" in message or "empty" in message
 
 
-@pytest.mark.parametrize("damage", [b"", b"PAR1", string.printable.encode()])
+@pytest.mark.parametrize(
+    "damage", [b"", b"PAR1", string.printable.encode()], ids=["empty", "magic", "text"]
+)
 def test_a_damaged_parquet_file(tmp_path, damage):
     message = refused(write(tmp_path, "a.parquet", damage), ArtifactError)
     assert "cannot be read as Parquet" in message

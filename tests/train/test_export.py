@@ -85,10 +85,12 @@ def test_the_folder_brings_its_tokenizer_and_labels(finished: Finished, tmp_path
 
 
 def test_the_probe_is_the_run_s_evaluation_rows_or_a_file_or_fixed_sentences(
-    finished: Finished, rows: Path, tmp_path: Path
+    finished: Finished, rows: Path, tmp_path: Path, witness: Any
 ) -> None:
     def probe(run: Path, name: str, **more: Any) -> str:
-        merge_run(run, tmp_path / name, **more)
+        certificate = merge_run(run, tmp_path / name, reporter=witness, **more)
+        told = json.loads((tmp_path / name / "certificate.json").read_text())
+        assert certificate.probe == told["probe"]
         return json.loads((tmp_path / name / "certificate.json").read_text())["probe"]
 
     run = finished("single")
@@ -100,7 +102,30 @@ def test_the_probe_is_the_run_s_evaluation_rows_or_a_file_or_fixed_sentences(
     told = json.loads((moved / "manifest.json").read_text())
     told["config"]["eval"] = str(tmp_path / "gone.tsv")
     (moved / "manifest.json").write_text(json.dumps(told))
+    assert witness.notes == []
     assert probe(moved, "fixed") == "8 fixed sentences"
+    assert "cannot be read, so the merge is measured on 8 fixed sentences" in witness.text
+    assert "gone.tsv" in witness.text
+
+
+def test_without_an_evaluation_file_the_probe_is_what_was_held_out(
+    options: Callable[..., FitConfig], rows: Path, tmp_path: Path
+) -> None:
+    shutil.copy(rows / "train.tsv", tmp_path / "train.tsv")
+    data = {"data": str(tmp_path / "train.tsv"), "eval": None}
+    run = fit(options(tmp_path / "run", max_steps=2, eval_fraction=0.25, **data)).folder
+    assert merge_run(run, tmp_path / "one").probe == f"12 rows held out of {data['data']}"
+    with (tmp_path / "train.tsv").open("a") as stream:
+        stream.write("a warm story of the people\t1\n" * 20)
+    told = merge_run(run, tmp_path / "two").probe
+    assert told.endswith(f"rows of {data['data']}, which has changed since the training")
+
+
+def test_the_tokenizer_neither_cuts_nor_pads_of_itself(finished: Finished, tmp_path: Path) -> None:
+    """To encode the probe it was told to cut at the run's length."""
+    merge_run(finished("single"), tmp_path / "merged")
+    told = json.loads((tmp_path / "merged" / "tokenizer.json").read_text())
+    assert (told["truncation"], told["padding"]) == (None, None)
 
 
 def test_tied_weights_that_an_update_parts_are_parted_in_the_config(

@@ -1,9 +1,10 @@
 import math
+import sys
 
 import numpy as np
 import pytest
 
-from rankwise.errors import UserError
+from rankwise.errors import EnvironmentFault, UserError
 from rankwise.train.metrics import METRICS, better, main_metric, score
 
 # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives

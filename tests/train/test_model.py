@@ -242,9 +242,7 @@ def without(folder: Path, copy: Path, *gone: str) -> Path:
     return copy
 
 
-@pytest.mark.parametrize(
-    "gone", ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias"]
-)
+@pytest.mark.parametrize("gone", ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias"])
 def test_an_embedding_that_the_weights_lack(bert: Path, tmp_path: Path, gone: str) -> None:
     """It stands outside the numbered blocks, and training on it at random would teach nothing."""
     assert f"bert.{gone}" in refused(ArtifactError, without(bert, tmp_path / "holed", gone))

@@ -166,6 +166,33 @@ def test_a_file_of_another_form_is_refused(
     assert name in str(caught.value)
 
 
+def test_rows_without_a_label_are_predicted_and_not_measured(
+    restored: Callable[[str], Restored], rows: Path, tmp_path: Path, witness: Any
+) -> None:
+    run = restored("single")
+    header, *lines = (rows / "dev.tsv").read_text().splitlines()
+    broken = [f"{line[:-1]}-" if i % 3 == 1 else line for i, line in enumerate(lines)]
+    (tmp_path / "some.tsv").write_text("\n".join([header, *broken]) + "\n")
+    made = predict(run, examples_of_file(run, str(tmp_path / "some.tsv")), reporter=witness)
+    assert made.rows == predict(run, examples_of_file(run, str(rows / "dev.tsv"))).rows
+    kept = [line for line in broken if not line.endswith("-")]
+    (tmp_path / "kept.tsv").write_text("\n".join([header, *kept]) + "\n")
+    alone = predict(run, examples_of_file(run, str(tmp_path / "kept.tsv")))
+    assert (made.measured, alone.measured) == (14, 14)
+    assert made.metrics == pytest.approx(alone.metrics, rel=1e-6)
+    assert "7 of 21 rows have no known label in 'label'" in witness.text
+
+
+def test_notes_on_the_file_and_on_its_rows_are_told(
+    restored: Callable[[str], Restored], tmp_path: Path, witness: Any
+) -> None:
+    (tmp_path / "rows.tsv").write_text("id\twords\n1\tthe good film\n2\t" + "old " * 80 + "film\n")
+    run = restored("single")
+    predict(run, examples_of_file(run, str(tmp_path / "rows.tsv")), reporter=witness)
+    assert "the text is read from 'words'" in witness.text
+    assert "1 of 2 rows are longer than 64 tokens" in witness.text
+
+
 # -- language models ------------------------------------------------------------------------------
 
 
@@ -237,6 +264,38 @@ def test_given_completions_are_measured_by_perplexity(
     assert made.metrics["perplexity"] == pytest.approx(wanted, rel=1e-5)
     bare = predict(run, examples_of_text(run, TEXTS, []), generation=Generation(2))
     assert bare.metrics is None
+
+
+def test_completions_that_some_rows_lack(
+    restored: Callable[[str], Restored], rows: Path, tmp_path: Path, witness: Any
+) -> None:
+    run = restored("prompts")
+    read = [json.loads(line) for line in (rows / "dev-prompts.jsonl").read_text().splitlines()]
+    some = [row if i % 2 else row | {"completion": ""} for i, row in enumerate(read)]
+
+    def measured(name: str, made: list[dict[str, str]]) -> Predictions:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in made))
+        examples = examples_of_file(run, str(tmp_path / name))
+        return predict(run, examples, generation=Generation(2), reporter=witness)
+
+    found = measured("some.jsonl", some)
+    assert "10 of 21 rows hold a completion" in witness.text
+    assert [row["row"] for row in found.rows] == list(range(1, 22))
+    alone = measured("alone.jsonl", read[1::2])
+    assert (found.measured, alone.measured) == (10, 10)
+    assert found.metrics == pytest.approx(alone.metrics, rel=1e-6)
+
+
+def test_completions_beyond_the_length_leave_the_text(
+    restored: Callable[[str], Restored], tmp_path: Path, witness: Any
+) -> None:
+    run = restored("prompts")
+    row = {"prompt": "old " * 40, "completion": " film"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    examples = examples_of_file(run, str(tmp_path / "long.jsonl"))
+    made = predict(run, examples, generation=Generation(2), reporter=witness)
+    assert (len(made.rows), made.metrics) == (1, None)
+    assert "There are no metrics." in witness.text
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from rankwise.errors import ArtifactError, RankwiseError, UserError
 from rankwise.train.config import FitConfig, dump_config
+from rankwise.train.resume import config_of_run
 from rankwise.train.run import fit
 
 Options = Callable[..., FitConfig]
@@ -249,10 +251,11 @@ def stopped(options: Options, rows: Path, bert: Path, tmp_path: Path) -> Callabl
         dropout=0.1,
     )
 
-    def make() -> FitConfig:
+    def make(**more: Any) -> FitConfig:
+        changed = config.model_copy(update=more)
         with pytest.raises(KeyboardInterrupt):
-            fit(config, reporter=Stop())
-        return config
+            fit(changed, reporter=Stop())
+        return changed
 
     return make
 
@@ -264,6 +267,18 @@ def test_it_goes_on_from_the_newest(stopped: Any, witness: Any, look: Any, tmp_p
     assert "Going on from step 3 of 6" in witness.text
     alone = config.model_copy(update={"out": str(tmp_path / "alone")})
     same_run(fit(alone).folder, tmp_path / "run", look)
+
+
+def test_the_time_of_evaluations_goes_on_too(stopped: Any, look: Any, tmp_path: Path) -> None:
+    def stored() -> float:
+        newest = look.checkpoints(tmp_path / "run")[-1]
+        return json.loads((newest / "state.json").read_text())["progress"]["eval_seconds"]
+
+    config = stopped(eval_every=1)
+    before = stored()
+    assert before > 0
+    result = fit(config, resume=True)
+    assert result.manifest["seconds"]["eval"] == stored() > before
 
 
 def test_a_damaged_newest_is_passed_over_and_told(
@@ -316,6 +331,32 @@ def test_other_options_are_told_one_by_one(stopped: Any, tmp_path: Path, look: A
     assert "--batch-size was 8 and is now 16" in message
     assert "--epochs" not in message
     assert look.manifest(tmp_path / "run")["status"] == "interrupted"
+
+
+def test_another_kind_of_device_is_refused(stopped: Any, tmp_path: Path, look: Any) -> None:
+    """Before anything is read: it would be neither the same arithmetic nor the same numbers."""
+    config = stopped()
+    told = look.manifest(tmp_path / "run")
+    assert told["hardware"]["device_type"] == "cpu"
+    told["hardware"]["device_type"] = "cuda"
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(told))
+    (tmp_path / "train.tsv").unlink()
+    assert re.search("was begun on cuda.*--device cuda", refused(config))
+
+
+def test_the_device_may_be_named_where_it_was_chosen_before(stopped: Any, tmp_path: Path) -> None:
+    stopped(device="auto")
+    named = config_of_run(tmp_path / "run", {"device": "cpu"})
+    assert fit(named, resume=True).manifest["status"] == "finished"
+
+
+def test_options_are_compared_before_anything_is_read(stopped: Any, tmp_path: Path) -> None:
+    config = stopped()
+    shutil.rmtree(tmp_path / "bert")
+    (tmp_path / "train.tsv").unlink()
+    with pytest.raises(UserError, match=r"--r was 2 and is now 4; --seed was 0 and is now 1"):
+        config_of_run(config.out, {"r": "4", "seed": 1, "lr": "1e-3"})
+    assert config_of_run(config.out, {"r": "2"}) == config
 
 
 def test_other_data_is_refused(stopped: Any, tmp_path: Path) -> None:

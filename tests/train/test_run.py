@@ -17,7 +17,7 @@ from rankwise.train.config import FitConfig, make_config, read_config
 from rankwise.train.folder import claim
 from rankwise.train.model import load_base
 from rankwise.train.run import fit
-from rankwise.train.setup import load_data, make_method
+from rankwise.train.setup import make_method
 
 Options = Callable[..., FitConfig]
 Finished = Callable[[str], Path]
@@ -166,58 +166,6 @@ def test_full_training_does_not_take_bfloat16(options: Options, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fresh_head_may_not_be_frozen(options: Options, tmp_path: Path) -> None:
-    """It would be random, and saved nowhere."""
-    with pytest.raises(UserError, match=r"--head freeze.*classifier\.bias.*--head train"):
-        fit(options(tmp_path / "run", head="freeze"))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def headed(bert: Path, tmp_path: Path) -> Path:
-    """BERT with a head for two classes in its checkpoint."""
-    from transformers import AutoTokenizer, BertForSequenceClassification
-
-    folder = tmp_path / "headed"
-    BertForSequenceClassification.from_pretrained(bert, num_labels=2).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
-    return folder
-
-
-def test_a_head_of_the_checkpoint_may_be_frozen(
-    options: Options, headed: Path, tmp_path: Path, look: Any
-) -> None:
-    run = fit(options(tmp_path / "run", model=str(headed), head="freeze", max_steps=2)).folder
-    assert all("lora_" in name for name in look.tensors(run / "adapter"))
-    assert look.manifest(run)["counts"]["head"] == 0
-
-
-def test_a_language_model_s_missing_output_layer_trains(
-    llama: Path, options: Options, rows: Path, tmp_path: Path, look: Any
-) -> None:
-    """LlamaModel without lm_head: a frozen random output layer would learn nothing."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-
-    config = LlamaConfig.from_pretrained(llama)
-    config.tie_word_embeddings = False
-    LlamaModel(config).save_pretrained(tmp_path / "body")
-    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "body")
-    files = {"data": str(rows / "train.txt"), "eval": str(rows / "dev.txt")}
-    run = fit(options(tmp_path / "run", model=str(tmp_path / "body"), max_steps=2, **files)).folder
-    assert any("lm_head" in name for name in look.tensors(run / "adapter"))
-
-
-def test_a_pooler_that_the_checkpoint_lacks_trains_and_is_saved(
-    bert: Path, options: Options, tmp_path: Path, look: Any
-) -> None:
-    from transformers import AutoTokenizer, BertModel
-
-    BertModel.from_pretrained(bert, add_pooling_layer=False).save_pretrained(tmp_path / "bare")
-    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "bare")
-    run = fit(options(tmp_path / "run", model=str(tmp_path / "bare"), max_steps=2)).folder
-    assert look.manifest(run)["method"]["trained"] == ["classifier", "bert.pooler.dense"]
-
-
 def test_gpt2_and_llama_classify(
     gpt2: Path, llama: Path, options: Options, tmp_path: Path, look: Any
 ) -> None:
@@ -236,7 +184,7 @@ def test_one_step_is_enough_not_to_be_called_idle(options: Options, tmp_path: Pa
 
 
 def test_layers_that_the_task_does_not_use_are_named(
-    roberta: Path, options: Options, tmp_path: Path
+    roberta: Path, options: Options, tmp_path: Path, look: Any
 ) -> None:
     """A decoder's cross attention is passed by when there is no encoder."""
     from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
@@ -251,6 +199,11 @@ def test_layers_that_the_task_does_not_use_are_named(
     text = {"data": str(tmp_path / "text.txt"), "eval": str(tmp_path / "text.txt")}
     with pytest.raises(UserError, match=r"crossattention\.self\.query.*--exclude-modules"):
         fit(options(tmp_path / "run", model=str(folder), max_steps=3, **text))
+    told = look.manifest(tmp_path / "run")
+    assert told["status"] == "failed"
+    assert "crossattention" in told["reason"]
+    assert told["metrics"]["perplexity"] > 0
+    assert all((tmp_path / "run" / part).is_dir() for part in ("adapter", "last"))
     with_exclusion = options(
         tmp_path / "other", model=str(folder), exclude_modules="crossattention", max_steps=3, **text
     )
@@ -368,28 +321,7 @@ def test_a_run_that_came_first_is_not_overwritten(
     assert manifest["status"] == "finished"
 
 
-# -- data -----------------------------------------------------------------------------------------
-
-
-def test_rows_are_held_out_when_there_is_no_evaluation_file(
-    options: Options, rows: Path, tmp_path: Path
-) -> None:
-    data = load_data(options(tmp_path / "x", eval=None, eval_fraction=0.25))
-    assert len(data.train) + len(data.held) == 48
-    assert len(data.held) == pytest.approx(12, abs=2)
-    assert any("No --eval was given" in note for note in data.notes)
-    shared = {data.train.content(i) for i in range(len(data.train))}
-    assert not shared & {data.held.content(i) for i in range(len(data.held))}
-
-
-def test_train_rows_among_the_evaluation_rows_are_told(
-    options: Options, rows: Path, tmp_path: Path, witness: Any
-) -> None:
-    config = options(tmp_path / "run", eval=str(rows / "train.tsv"), max_steps=1)
-    fit(config, reporter=witness)
-    assert "Leakage: 48 of 48" in witness.text
-    assert "Trained whole and saved with the adapter: classifier" in witness.text
-    assert "Base in float32 on cpu" in witness.text
+# -- the course of a run ------------------------------------------------------------------------
 
 
 def test_long_rows_are_cut_and_told(options: Options, tmp_path: Path, witness: Any) -> None:
@@ -401,7 +333,51 @@ def test_long_rows_are_cut_and_told(options: Options, tmp_path: Path, witness: A
 def test_a_failed_run_says_so(options: Options, tmp_path: Path, look: Any) -> None:
     with pytest.raises(UserError, match="not a finite number"):
         fit(options(tmp_path / "run", lr=1e38, max_skipped=2, epochs=3, warmup=0))
-    assert look.manifest(tmp_path / "run")["status"] == "failed"
+    told = look.manifest(tmp_path / "run")
+    assert told["status"] == "failed"
+    assert "not a finite number" in told["reason"]
+
+
+def test_a_run_that_any_fault_ended_says_so_and_goes_on(
+    options: Options, tmp_path: Path, look: Any
+) -> None:
+    class Faulty:
+        def note(self, text: str) -> None: ...
+        def start(self, *_: Any) -> None: ...
+        def finish(self) -> None: ...
+        def advance(self, done: int, values: Any) -> None:
+            if done == 4:
+                raise ZeroDivisionError("a fault of nobody's")
+
+    config = options(tmp_path / "run", save_minutes=0)
+    with pytest.raises(ZeroDivisionError):
+        fit(config, reporter=Faulty())
+    told = look.manifest(tmp_path / "run")
+    assert (told["status"], told["reason"]) == ("failed", "a fault of nobody's")
+    fit(config, resume=True)
+    told = look.manifest(tmp_path / "run")
+    assert told["status"] == "finished"
+    assert "reason" not in told
+    alone = fit(config.model_copy(update={"out": str(tmp_path / "alone")})).folder
+    one, other = (look.tensors(run / "last") for run in (alone, tmp_path / "run"))
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_full_disk_is_told(options: Options, tmp_path: Path, look: Any) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no device that is always full")
+    folder = tmp_path / "run"
+
+    class Filling:
+        def note(self, text: str) -> None: ...
+        def advance(self, *_: Any) -> None: ...
+        def finish(self) -> None: ...
+        def start(self, *_: Any) -> None:
+            (folder / "metrics.jsonl").symlink_to("/dev/full")
+
+    with pytest.raises(EnvironmentFault, match=r"No space left.*Free some space"):
+        fit(options(folder), reporter=Filling())
+    assert look.manifest(folder)["status"] == "failed"
 
 
 # -- in Python ------------------------------------------------------------------------------------

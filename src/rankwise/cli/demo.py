@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rankwise.cli.console import make_reporter
+from rankwise.cli.options import given
 
 __all__ = ["command"]
 
@@ -14,6 +15,18 @@ __all__ = ["command"]
 def command(
     *,
     out: Annotated[str, typer.Option(help="Folder of the demo.", metavar="FOLDER")] = "runs/demo",
+    train_rows: Annotated[
+        int | None, typer.Option(min=16, help="Docstrings to learn from; 1200 when not given.")
+    ] = None,
+    heldout_rows: Annotated[
+        int | None, typer.Option(min=16, help="Docstrings to measure on; 600 when not given.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(min=0, help="Passes over them; 3 when not given.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the split and of training; 0.")
+    ] = None,
 ) -> None:
     """Adapt all-MiniLM-L6-v2 to tell which part of Python's standard library a docstring is from.
 
@@ -23,4 +36,6 @@ def command(
     """
     from rankwise.lab.demo import Demo, run_demo
 
-    print(run_demo(out, Demo(), make_reporter()))
+    sizes = {"train_rows": train_rows, "heldout_rows": heldout_rows, "epochs": epochs, "seed": seed}
+    demo = Demo(**given(sizes))
+    print(run_demo(out, demo, make_reporter()))

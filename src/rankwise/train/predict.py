@@ -1,4 +1,4 @@
-"""Predictions of a run's model: labels and probabilities, scores, or text; and their metrics."""
+"""Predictions of a run's model: labels and probabilities, scores, or generated text."""
 
 from __future__ import annotations
 
