@@ -16,10 +16,10 @@ def command(
     *,
     out: Annotated[str, typer.Option(help="Folder of the demo.", metavar="FOLDER")] = "runs/demo",
     train_rows: Annotated[
-        int | None, typer.Option(min=16, help="Docstrings to learn from; 1200 when not given.")
+        int | None, typer.Option(min=16, help="Docstrings to learn from; 960 when not given.")
     ] = None,
     heldout_rows: Annotated[
-        int | None, typer.Option(min=16, help="Docstrings to measure on; 600 when not given.")
+        int | None, typer.Option(min=16, help="Docstrings to measure on; 480 when not given.")
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(min=0, help="Passes over them; 3 when not given.")

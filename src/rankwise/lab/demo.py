@@ -43,8 +43,8 @@ class Demo:
         seed: of the split, the head's start and the order of rows.
     """
 
-    train_rows: int = 1200
-    heldout_rows: int = 600
+    train_rows: int = 960
+    heldout_rows: int = 480
     epochs: float = 3.0
     ranks: tuple[int, ...] = (1, 4, 8)
     seed: int = 0
@@ -110,7 +110,7 @@ def run_demo(out: str | Path, demo: Demo, reporter: Reporter) -> str:
             "",
             summary_table(runs),
             "",
-            f"Chosen: {best.name} ({_REASON.rstrip('.').lower()})",
+            f"Chosen: {best.name} ({_REASON[0].lower()}{_REASON[1:].rstrip('.')})",
             f"adapter: {run / 'adapter'}",
             f"merged:  {folder / 'merged'}",
             certificate["line"],

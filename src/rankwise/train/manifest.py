@@ -82,7 +82,8 @@ def method_record(config: FitConfig) -> tuple[str, dict[str, Any]]:
         "dropout": config.dropout,
         "init": config.init,
     }
-    return f"LoRA r={config.r}", options
+    every = ", all-linear" if config.target_modules == ["all-linear"] else ""
+    return f"LoRA r={config.r}{every}", options
 
 
 def counts(model: nn.Module) -> dict[str, int | None]:
