@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,13 @@ def test_every_command_has_help(call: Callable[..., SimpleNamespace], command: s
     assert done.code == 0
     assert "Usage" in done.out
     assert "--out" in done.out or command == "plan"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_the_list_says_what_the_commands_own_help_says(command: str) -> None:
+    text = importlib.import_module(f"rankwise.cli.{command}").command.__doc__
+    first = " ".join(text.split("\n\n")[0].split())
+    assert COMMANDS[command] == first
 
 
 def test_an_unknown_command_names_the_nearest(call: Callable[..., SimpleNamespace]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from rankwise.cli.app import COMMANDS, app
+from rankwise.cli.app import COMMANDS, make_app
 
 PAGES = ("README.md", "docs/guide.md")
 NAME = (
@@ -96,7 +96,7 @@ def test_the_python_of_the_readme_runs(repository: Path, desk: Path, bert: Path)
 
 
 def flags() -> set[str]:
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(make_app(COMMANDS))
     commands = [group, *group.commands.values()]  # type: ignore[attr-defined]
     options = [option for command in commands for option in command.params]
     every = {text for option in options for text in (*option.opts, *option.secondary_opts)}

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
 
 import rankwise
-from rankwise.cli import demo, fit, merge, plan, predict
 from rankwise.errors import RankwiseError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main", "make_app"]
 
-app = typer.Typer(
-    name="rankwise",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "fit": fit.command,
-    "predict": predict.command,
-    "merge": merge.command,
-    "plan": plan.command,
-    "demo": demo.command,
+# Each command by the file of its name, with its line in the list of commands. A command's file is
+# imported only when the command is called, so that `rankwise --help` answers at once.
+COMMANDS = {
+    "fit": "Train a model on a labelled file and leave a run folder with its adapter.",
+    "predict": "Predict texts or the rows of a file with a run's model.",
+    "merge": "Merge a run's adapter into its base and write a plain transformers model folder.",
+    "plan": "Show which layers a method would adapt, their r and α, and what that costs.",
+    "demo": "Try LoRA on a real encoder and real text, on this machine, in minutes.",
 }
-for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+
+
+def make_app(wanted: Collection[str]) -> typer.Typer:
+    """The command with the flags of the wanted commands; the others have their line alone."""
+    app = typer.Typer(
+        name="rankwise",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_rankwise)
+    for name, line in COMMANDS.items():
+        if name in wanted:
+            app.command(name)(importlib.import_module(f"rankwise.cli.{name}").command)
+        else:
+            app.command(name, help=line)(_elsewhere)
+    return app
+
+
+def _elsewhere() -> None:
+    """Stands for a command that was not called."""
 
 
 def _version(wanted: bool) -> None:
@@ -41,7 +55,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _rankwise(
     version: Annotated[
         bool,
@@ -64,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words or os.environ.get("RANKWISE_DEBUG") == "1"
     words = [word for word in words if word != "--debug"]
     try:
-        app(words)
+        make_app(words[:1])(words)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(130)

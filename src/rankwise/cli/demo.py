@@ -28,11 +28,12 @@ def command(
         int | None, typer.Option(min=0, help="Seed of the split and of training; 0.")
     ] = None,
 ) -> None:
-    """Adapt all-MiniLM-L6-v2 to tell which part of Python's standard library a docstring is from.
+    """Try LoRA on a real encoder and real text, on this machine, in minutes.
 
-    Head-only, LoRA at several ranks and full fine-tuning, under the same data and epochs; then the
-    chosen adapter is merged and certified, and report.html shows it all. A run that was stopped
-    goes on where it was.
+    all-MiniLM-L6-v2 learns to tell which part of Python's standard library a docstring is from:
+    the head alone, LoRA at several ranks, and full fine-tuning, under the same data and epochs.
+    Then the chosen adapter is merged and certified, and report.html shows it all. A run that was
+    stopped goes on where it was.
     """
     from rankwise.lab.demo import Demo, run_demo
 
