@@ -27,10 +27,9 @@ def save_adapter(
 ) -> Path:
     """Save what was trained on a model; the inverse of :func:`load_adapter`.
 
-    LoRA becomes PEFT's folder (adapter_config.json, adapter_model.safetensors), which PEFT,
-    transformers, vLLM and others load. HeadOnly and Full become rankwise.json and
-    trained.safetensors. Base weights are not written (Full has none), nothing is fetched, and the
-    folder appears whole or not at all.
+    LoRA becomes PEFT's folder (adapter_config.json, adapter_model.safetensors), which PEFT and
+    transformers load. HeadOnly and Full become rankwise.json and trained.safetensors. Base weights
+    are not written (Full has none), nothing is fetched, and the folder appears whole or not at all.
 
     An existing folder is replaced when it is empty or holds an adapter and nothing else.
     ``base_model_name`` is what the base is called; for a transformers model it is known.

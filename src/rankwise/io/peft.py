@@ -45,7 +45,8 @@ def write_peft(
 ) -> Path:
     """Write an adapter as PEFT's folder: adapter_config.json and adapter_model.safetensors.
 
-    PEFT, transformers, vLLM, SGLang and the converters read it. The tensors are as they are in
+    PEFT and transformers load it, and it has every key that vLLM, SGLang and the converters ask for
+    (read in their sources, not run). The tensors are as they are in
     memory, float32 as a rule. What Rankwise adds lies in the metadata of the safetensors file,
     which the others ignore: the sketch of the base and the list of modules trained whole.
     Base weights are not written, but for modules whose names PEFT cannot tell from those of
