@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Merge a run's adapter into its base and write a plain transformers model folder.
 
-    The merged model needs no Rankwise, and costs no more to run than the base. certificate.json
+    The merged model needs no Rankwise, and has the base's own kinds of layers. certificate.json
     beside it says how far it is from the adapted model on real rows; a merge that is too far off
     is not written.
 
