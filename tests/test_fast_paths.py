@@ -29,7 +29,7 @@ def adapt(model: nn.Module, *targets: str) -> nn.Module:
     rw.attach(model, rw.LoRA(r=2, target_modules=targets, head="freeze"))
     for module in model.modules():
         if isinstance(module, LoRALayer):
-            nn.init.normal_(module.lora_B, std=0.5)
+            nn.init.normal_(module.update.lora_B, std=0.5)
     return model
 
 
@@ -99,7 +99,7 @@ def test_multihead_attention_keeps_the_effect_of_its_output_projection(
         inner = torch.linalg.lstsq(
             projection.weight.double(), (before - projection.bias).double().flatten(0, 1).T
         ).solution  # what enters the projection, found back from what left it
-        delta = lora_layers(attention)["out_proj"].factors().delta().double()
+        delta = lora_layers(attention)["out_proj"].update.factors().delta().double()
     expected = before + (delta @ inner).T.reshape(before.shape).float()
     assert (after - before).abs().max() > 0.05
     torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4)
@@ -118,7 +118,7 @@ def test_gradients_reach_every_factor_of_an_encoder_layer(training: bool):
     layer = adapt(encoder_layer().train(training), *TARGETS)
     found = gradients(layer, torch.randn(ROWS, LENGTH, WIDTH))
     expected = {
-        f"{name}.lora_{half}"
+        f"{name}.updates.default.lora_{half}"
         for name in ("self_attn.out_proj", "linear1", "linear2")
         for half in "AB"
     }
@@ -136,8 +136,11 @@ def test_dropout_beside_attention_that_never_runs_its_projection_is_refused():
         )
 
 
-def test_attention_itself_is_refused_by_name():
-    with pytest.raises(UserError, match="MultiheadAttention is not one of Linear, Embedding"):
+def test_attention_itself_is_refused_and_its_parts_are_named():
+    with pytest.raises(
+        UserError,
+        match="MultiheadAttention is adapted by its single weights: name q_proj, k_proj, v_proj",
+    ):
         rw.attach(encoder_layer(), rw.LoRA(target_modules=["self_attn"], head="freeze"))
 
 

@@ -28,7 +28,8 @@ LONGEST_CAPTION = 110
 
 # Distributions whose module is not called as they are.
 MODULE_OF = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
-ALLOWED_BELOW = {"numpy", "regex", "torch"}
+# The layers of bitsandbytes write their weight out through a function of its package.
+ALLOWED_BELOW = {"bitsandbytes", "numpy", "regex", "torch"}
 
 
 def relative(path: Path) -> str:

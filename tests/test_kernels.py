@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.kernels import add_delta_embedding, add_delta_linear
-from rankwise.layers import LoRALinear, Spec, wrap
+from rankwise.layers import Spec, wrap
 
 SCALE = 1.7
 
@@ -128,15 +128,27 @@ def test_autocast_lowers_a_linear_and_leaves_an_embedding():
         assert torch.equal(ours, plain)
 
 
+def test_autocast_does_not_lower_what_a_layer_keeps_in_float32():
+    """As quantised layers do, which compute in a dtype of their own."""
+    base, x, A, B = (tensor(*s, dtype=torch.float32) for s in ((3, 5), (3, 6), (2, 6), (5, 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = add_delta_linear(base, x, A, B, SCALE, 0.0)
+        start = add_delta_linear(base, x, A, torch.zeros_like(B), SCALE, 0.0)
+    assert torch.equal(start, base)
+    torch.testing.assert_close(y, base + SCALE * x @ A.T @ B.T, rtol=0.05, atol=0.05)
+
+
 def test_autocast_gives_the_float32_gradients_to_the_rounding_of_bfloat16():
     layer = wrap(nn.Linear(32, 32), Spec(4, 8))
-    nn.init.normal_(layer.lora_B, std=0.1)
+    nn.init.normal_(layer.update.lora_B, std=0.1)
     x = torch.randn(16, 32)
 
     def gradients() -> list[Tensor]:
         layer.zero_grad()
         layer(x).float().square().mean().backward()
-        return [p.grad.clone() for p in (layer.lora_A, layer.lora_B) if p.grad is not None]
+        return [
+            p.grad.clone() for p in (layer.update.lora_A, layer.update.lora_B) if p.grad is not None
+        ]
 
     exact = gradients()
     with torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +186,7 @@ def kept(function: Callable[[], Tensor], *given: Tensor) -> dict[str, int]:
 def three(dtype: torch.dtype) -> nn.ModuleList:
     """Adapted q, k and v on a frozen base."""
     linears = [nn.Linear(WIDTH, WIDTH).to(dtype).requires_grad_(False) for _ in range(3)]
-    return nn.ModuleList(LoRALinear(linear, Spec(RANK, 2.0 * RANK)) for linear in linears)
+    return nn.ModuleList(wrap(linear, Spec(RANK, 2.0 * RANK)) for linear in linears)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -199,6 +211,6 @@ def test_the_input_is_kept_as_it_is_and_never_upcast():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    assert layer.lora_A.dtype == torch.float32
+    assert layer.update.lora_A.dtype == torch.float32
     assert {t.dtype for t in saved} == {torch.bfloat16}
     assert sum(t.data_ptr() == x.data_ptr() for t in saved) == 1

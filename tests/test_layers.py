@@ -17,7 +17,6 @@ from rankwise.layers import (
     Spec,
     refusal,
     shape_of,
-    weight_of,
     wrap,
 )
 
@@ -48,8 +47,8 @@ def probe(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
 def moved(layer: LoRALayer) -> LoRALayer:
     """The layer with an update that is not zero, as after training."""
     with torch.no_grad():
-        layer.lora_A.normal_(std=0.5)
-        layer.lora_B.normal_(std=0.5)
+        layer.update.lora_A.normal_(std=0.5)
+        layer.update.lora_B.normal_(std=0.5)
     return layer
 
 
@@ -63,10 +62,10 @@ def test_a_layer_holds_its_base_and_two_factors(make):
     assert layer.base_layer is base
     assert shape_of(base) == (7, 5)
     assert {n: tuple(p.shape) for n, p in layer.named_parameters() if "lora" in n} == {
-        "lora_A": (3, 5),
-        "lora_B": (7, 3),
+        "updates.default.lora_A": (3, 5),
+        "updates.default.lora_B": (7, 3),
     }
-    assert layer.scale == 2.0
+    assert layer.update.scale == 2.0
 
 
 @KINDS
@@ -74,21 +73,21 @@ def test_a_new_layer_is_its_base_bit_for_bit_and_its_weight_too(make):
     base = make()
     layer, x = wrap(base, SPEC), probe(base)
     assert torch.equal(layer(x), base(x))
-    assert torch.equal(layer.weight, weight_of(base))
+    assert torch.equal(layer.weight, base.weight)
 
 
 def test_one_factor_starts_random_and_the_other_zero():
     linear_layer, embedding_layer = wrap(linear(), SPEC), wrap(embedding(), SPEC)
-    assert (linear_layer.lora_A != 0).all()
-    assert not linear_layer.lora_B.any()
-    assert (embedding_layer.lora_B != 0).all()
-    assert not embedding_layer.lora_A.any()
+    assert (linear_layer.update.lora_A != 0).all()
+    assert not linear_layer.update.lora_B.any()
+    assert (embedding_layer.update.lora_B != 0).all()
+    assert not embedding_layer.update.lora_A.any()
 
 
 def test_the_asked_start_is_drawn():
     torch.manual_seed(5)
     layer = wrap(nn.Linear(400, 7), Spec(50, 1.0, init=Gaussian()))
-    assert layer.lora_A.std().item() == pytest.approx(1 / 50, rel=0.05)
+    assert layer.update.lora_A.std().item() == pytest.approx(1 / 50, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_factors_are_float32_or_wider(make, base: torch.dtype, factors: torch.dt
     module = make().to(base)
     layer = moved(wrap(module, SPEC))
     y = layer(probe(module, base))
-    assert (layer.lora_A.dtype, layer.lora_B.dtype) == (factors, factors)
+    assert (layer.update.lora_A.dtype, layer.update.lora_B.dtype) == (factors, factors)
     assert (y.dtype, layer.weight.dtype) == (base, base)
 
 
@@ -137,8 +136,8 @@ def test_extra_repr_shows_every_number():
 def test_weight_is_base_plus_delta_in_the_bases_orientation(make):
     base = make().double()
     layer = moved(wrap(base, SPEC))
-    delta = 2.0 * layer.lora_B @ layer.lora_A
-    expected = weight_of(base) + (delta if make is linear else delta.T)
+    delta = 2.0 * layer.update.lora_B @ layer.update.lora_A
+    expected = base.weight + (delta if make is linear else delta.T)
     torch.testing.assert_close(layer.weight, expected)
 
 
@@ -158,12 +157,12 @@ def test_gradients_through_weight_are_those_through_forward(make):
     layer = moved(wrap(base, SPEC))
     x, v = probe(base, torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
     (layer(x) * v).sum().backward()
-    forward = [layer.lora_A.grad, layer.lora_B.grad]
+    forward = [layer.update.lora_A.grad, layer.update.lora_B.grad]
     layer.zero_grad()
     rows = nn.functional.one_hot(x, 5).double() if make is embedding else x
     matrix = layer.weight.T if make is linear else layer.weight
     (rows @ matrix * v).sum().backward()
-    for a, b in zip(forward, [layer.lora_A.grad, layer.lora_B.grad], strict=True):
+    for a, b in zip(forward, [layer.update.lora_A.grad, layer.update.lora_B.grad], strict=True):
         assert a is not None
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b)
@@ -172,7 +171,8 @@ def test_gradients_through_weight_are_those_through_forward(make):
 def test_weight_of_a_bfloat16_layer_is_rounded_once():
     layer = moved(wrap(linear().bfloat16(), SPEC))
     wide = (
-        weight_of(layer.base_layer).double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
+        layer.base_layer.weight.double()
+        + 2.0 * layer.update.lora_B.double() @ layer.update.lora_A.double()
     )
     assert (layer.weight.double() - wide).abs().max() <= (wide.abs() * 2**-8).max()
     assert torch.equal(layer.weight, wide.float().bfloat16())
@@ -181,7 +181,7 @@ def test_weight_of_a_bfloat16_layer_is_rounded_once():
 def test_autocast_does_not_round_the_base_inside_weight():
     layer = wrap(linear(), SPEC)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.weight, weight_of(layer.base_layer))
+        assert torch.equal(layer.weight, layer.base_layer.weight)
 
 
 def test_the_bias_is_the_bases():
@@ -203,7 +203,7 @@ def test_sizes_are_the_bases():
 def test_the_padding_row_stays_as_it_is_through_training():
     base = nn.Embedding(6, 4, padding_idx=2)
     layer = wrap(base, SPEC)
-    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1)
+    optimizer = torch.optim.AdamW([layer.update.lora_A, layer.update.lora_B], lr=0.1)
     ids = torch.tensor([[0, 2, 3], [2, 5, 1]])
     for _ in range(3):
         optimizer.zero_grad()
@@ -273,17 +273,17 @@ def attached() -> Block:
 def test_the_whole_tree_of_an_attached_model():
     shapes = {name: tuple(tensor.shape) for name, tensor in attached().state_dict().items()}
     assert shapes == {
-        "tokens.lora_A": (2, 11),
-        "tokens.lora_B": (6, 2),
+        "tokens.updates.default.lora_A": (2, 11),
+        "tokens.updates.default.lora_B": (6, 2),
         "tokens.base_layer.weight": (11, 6),
-        "mix.lora_A": (2, 6),
-        "mix.lora_B": (6, 2),
+        "mix.updates.default.lora_A": (2, 6),
+        "mix.updates.default.lora_B": (6, 2),
         "mix.base_layer.weight": (6, 6),
         "mix.base_layer.bias": (6,),
         "layers.0.weight": (6, 6),
         "layers.0.bias": (6,),
-        "layers.1.lora_A": (2, 6),
-        "layers.1.lora_B": (6, 2),
+        "layers.1.updates.default.lora_A": (2, 6),
+        "layers.1.updates.default.lora_B": (6, 2),
         "layers.1.base_layer.weight": (6, 6),
         "norm.weight": (6,),
         "norm.bias": (6,),
@@ -321,7 +321,7 @@ def test_an_attached_model_survives_being_copied(copied):
     assert torch.equal(twin(IDS), model(IDS))
     assert not set(map(id, twin.parameters())) & set(map(id, model.parameters()))
     with torch.no_grad():
-        twin.mix.lora_A.zero_()
+        twin.mix.update.lora_A.zero_()
         assert not torch.equal(twin(IDS), model(IDS))
     detach(twin)  # the copy carries the record of what was attached
     assert list(twin.state_dict()) == list(Block().state_dict())
@@ -375,9 +375,9 @@ def whole_numbers() -> nn.Module:
         (whole_numbers(), "torch.int8, not a floating-point"),
         (nn.LazyLinear(3), "has no shape yet"),
         (nn.LayerNorm(3), "LayerNorm is not one of"),
-        (nn.Conv1d(3, 3, 1), "Conv1d is not one of"),
-        (nn.MultiheadAttention(4, 2), "MultiheadAttention is not one of"),
-        (wrap(nn.Linear(3, 3), SPEC), "adapted already"),
+        (nn.ConvTranspose1d(3, 3, 1), "ConvTranspose1d is not one of"),
+        (nn.LSTM(3, 3), "LSTM is not one of"),
+        (nn.MultiheadAttention(4, 2), "adapted by its single weights: name q_proj"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_with_the_reason(module: nn.Module, reason: str):

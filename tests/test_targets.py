@@ -93,7 +93,7 @@ def test_an_expression_nested_beyond_reason_is_refused():
 
 
 def test_a_catastrophic_expression_ends_within_its_limit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rankwise.targets.PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr("rankwise.targets.patterns.PATTERN_SECONDS", 0.2)
     pattern = r"((\w)|(\w\w)|\.)*(?<!y)"  # takes minutes on this name
     began = time.monotonic()
     with pytest.raises(UserError, match=r"took over 0\.2 s on the name"):
@@ -234,8 +234,8 @@ def test_a_shared_module_is_one_site_with_every_place():
     table = sites(model)
     assert "second.feed.0" not in table
     assert "first.again" not in table or "first.feed.0" not in table
-    [site] = select(model, ["feed.0"])
-    assert [(type(parent), attribute) for parent, attribute in site.owners] == [
+    site = sites(model)[select(model, ["feed.0"])[0].site.name]
+    assert [(type(parent), attribute) for parent, attribute in site.owners()] == [
         (nn.Sequential, "0"),
         (Layer, "again"),
     ]
@@ -302,3 +302,14 @@ def test_a_head_holds_itself_and_what_lies_inside():
     assert head.holds("classifier")
     assert head.holds("classifier.dense")
     assert not head.holds("classifiers")
+
+
+def test_a_parameter_of_the_model_itself_is_refused_with_the_remedy():
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bank = nn.Parameter(torch.zeros(2, 3, 3))
+            self.out = nn.Linear(3, 3)
+
+    with pytest.raises(UserError, match=r"'bank' is a parameter of the model itself.*of its own"):
+        select(Bare(), ["bank"])

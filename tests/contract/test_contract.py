@@ -188,7 +188,7 @@ def declared(case: Case, plain: nn.Module) -> set[str]:
         for name in case.whole
         for key, _ in plain.get_submodule(name).named_parameters()
     }
-    return whole | {f"{name}.lora_{half}" for name in case.adapted for half in "AB"}
+    return whole | {f"{name}.updates.default.lora_{half}" for name in case.adapted for half in "AB"}
 
 
 def attached(case: Case) -> nn.Module:
@@ -311,7 +311,7 @@ def test_every_update_has_an_effect_in_evaluation(case: Case):
     with torch.no_grad():
         base = model(IDS)
         for name, layer in layers.items():
-            zero = layer.lora_A if not layer.lora_A.any() else layer.lora_B
+            zero = layer.update.lora_A if not layer.update.lora_A.any() else layer.update.lora_B
             nn.init.normal_(zero, std=0.5)
             assert (model(IDS) - base).abs().max() > 1e-5, name
             zero.zero_()

@@ -84,7 +84,7 @@ def train(model: nn.Module, size: float = 0.05) -> None:
     """Give every zero factor of an adapter numbers of its own, as training would."""
     generator = torch.Generator().manual_seed(1)
     for layer in lora_layers(model).values():
-        factor = layer.lora_A if isinstance(layer, LoRAEmbedding) else layer.lora_B
+        factor = layer.update.lora_A if isinstance(layer, LoRAEmbedding) else layer.update.lora_B
         fresh = torch.randn(factor.shape, generator=generator) * size
         factor.data.copy_(fresh)
 

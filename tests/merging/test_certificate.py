@@ -75,7 +75,7 @@ def test_an_untrained_adapter_passes_without_any_error(net, ids, dtype):
 def test_dropout_of_owner_and_branch_is_off_and_modes_come_back(net, ids):
     model = net(dropout=0.4).train()
     model.blocks[1].eval()
-    modes = {n: m.training for n, m in model.named_modules() if "lora" not in n}
+    modes = {n: m.training for n, m in model.named_modules() if "updates" not in n}
     assert merge(model, probe=ids).passed
     assert {n: m.training for n, m in model.named_modules()} == {
         n: t for n, t in modes.items() if "base_layer" not in n
@@ -126,7 +126,9 @@ def test_infinities_that_the_base_has_too_are_no_fault(ids, trained):
 
 def spoil(monkeypatch, change) -> None:
     honest = fold.merged_weight
-    monkeypatch.setattr(fold, "merged_weight", lambda layer: change(layer, honest(layer)))
+    monkeypatch.setattr(
+        fold, "merged_weight", lambda layer, name: change(layer, honest(layer, name))
+    )
 
 
 def scaled(layer, weight):
@@ -170,7 +172,7 @@ def test_a_nan_that_attention_hides_is_found_in_the_weight(trained, tiny, ids):
     rankwise.attach(model, rankwise.LoRA(r=2, target_modules=["q_proj"]))
     trained(model)
     name = "model.layers.1.self_attn.q_proj"
-    lora_layers(model)[name].lora_A.data.fill_(float("nan"))
+    lora_layers(model)[name].update.lora_A.data.fill_(float("nan"))
     with pytest.raises(MergeError, match=rf"{name} is not finite: look at its lora_A") as caught:
         merge(model, probe=ids)
     certificate = caught.value.certificate
@@ -213,6 +215,7 @@ def test_an_owner_with_a_weight_of_its_own_is_found_by_the_outputs(ids, trained)
             return self.linear(x)
 
     model = Caching()
+    model(ids.float())
     rankwise.attach(model, rankwise.LoRA(r=2, target_modules=["linear"]))
     trained(model, 0.5)
     with pytest.raises(MergeError, match=r"the outputs move by .* holds a copy of a weight"):

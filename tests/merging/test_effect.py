@@ -56,10 +56,10 @@ def test_effects_are_the_changes_when_one_update_is_zero(net, ids):
     with torch.no_grad():
         whole = model(ids)
         for name, layer in lora_layers(model).items():
-            kept = layer.lora_B.clone()
-            layer.lora_B.zero_()
+            kept = layer.update.lora_B.clone()
+            layer.update.lora_B.zero_()
             assert found[name] == pytest.approx(float((model(ids) - whole).abs().max()), rel=1e-4)
-            layer.lora_B.copy_(kept)
+            layer.update.lora_B.copy_(kept)
     assert list(found) == list(lora_layers(model))
     assert min(found.values()) > 0
 
@@ -91,8 +91,8 @@ def test_a_trained_adapter_passes(net, ids):
 def test_updates_that_never_trained_are_named_together(net, ids):
     model = net()
     layers = lora_layers(model)
-    layers["blocks.0.up"].lora_B.data.zero_()
-    layers["blocks.1.down"].lora_A.data.zero_()
+    layers["blocks.0.up"].update.lora_B.data.zero_()
+    layers["blocks.1.down"].update.lora_A.data.zero_()
     with pytest.raises(EffectError) as caught:
         check_effect(model)
     message = str(caught.value)
@@ -104,7 +104,7 @@ def test_updates_that_never_trained_are_named_together(net, ids):
 
 def test_an_embedding_that_never_trained_is_named_by_its_zero_factor(net):
     model = net()
-    lora_layers(model)["embed"].lora_A.data.zero_()
+    lora_layers(model)["embed"].update.lora_A.data.zero_()
     with pytest.raises(EffectError, match="'embed': lora_A is all zeros"):
         check_effect(model)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rankwise
-from rankwise.attaching import attached, lora_layers, trained_copies
+from rankwise.attaching import attached, kept_layers, lora_layers, trained_copies
 from rankwise.errors import UserError
 from rankwise.merging import MergeError, fold, merge, merged, unmerge
 from rankwise.targets import shared_weights
@@ -29,13 +29,13 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block", [1, 20, fold.blocks.__globals__["BLOCK"]])
+@pytest.mark.parametrize("block", [1, 20, fold.BLOCK])
 def test_merged_weights_are_the_exact_sum_rounded_once(layers, dtype, block, monkeypatch):
-    monkeypatch.setitem(fold.blocks.__globals__, "BLOCK", block)
+    monkeypatch.setattr(fold, "BLOCK", block)
     model = layers(dtype)
     expected = {}
     for name, layer in lora_layers(model).items():
-        delta = layer.scale * numbers(layer.lora_B) @ numbers(layer.lora_A)
+        delta = layer.update.scale * numbers(layer.update.lora_B) @ numbers(layer.update.lora_A)
         turned = delta.T if name in ("embed", "conv") else delta
         expected[name] = numbers(layer.base_layer.weight) + turned
     merge(model)
@@ -96,9 +96,12 @@ def test_peft_merges_the_same_weights_to_the_same_numbers(trained, tiny):
         other = theirs.base_model.model.get_submodule(name)
         looked_up = isinstance(layer.base_layer, nn.Embedding)
         pairs = (
-            [(other.lora_embedding_A, layer.lora_A), (other.lora_embedding_B, layer.lora_B)]
+            [
+                (other.lora_embedding_A, layer.update.lora_A),
+                (other.lora_embedding_B, layer.update.lora_B),
+            ]
             if looked_up
-            else [(other.lora_A, layer.lora_A), (other.lora_B, layer.lora_B)]
+            else [(other.lora_A, layer.update.lora_A), (other.lora_B, layer.update.lora_B)]
         )
         for there, here in pairs:
             tensor = there["default"] if looked_up else there["default"].weight
@@ -160,7 +163,7 @@ def test_a_merged_model_has_the_keys_of_its_base(net):
 def test_kept_layers_follow_device_and_mode(net):
     model = net()
     merge(model)
-    kept = {n: m for n, (_, m) in attached(model).kept.items()}
+    kept = {n: m for n, (_, m) in kept_layers(model).items()}
     model.train()
     model.to("meta")
     unmerge(model)
@@ -214,7 +217,7 @@ def test_a_copy_of_a_merged_model_is_whole_and_its_own(trained, tiny, ids, way):
         assert torch.equal(model(ids).logits, unmerged)
     mine, others = lora_layers(model), lora_layers(other)
     assert mine.keys() == others.keys()
-    assert not any(mine[n].lora_A is others[n].lora_A for n in mine)
+    assert not any(mine[n].update.lora_A is others[n].update.lora_A for n in mine)
 
 
 def test_a_module_that_hangs_in_two_places_is_merged_in_both(trained):
@@ -277,7 +280,7 @@ def test_without_keeping_a_failed_merge_leaves_the_model_as_it_was(net, ids, mon
     with torch.no_grad():
         unmerged = model(ids)
     honest = fold.merged_weight
-    monkeypatch.setattr(fold, "merged_weight", lambda layer: honest(layer) * 1.001)
+    monkeypatch.setattr(fold, "merged_weight", lambda layer, name: honest(layer, name) * 1.001)
     with pytest.raises(MergeError, match="FAILED") as caught:
         merge(model, keep=False, probe=ids)
     assert caught.value.exit_code == 3
@@ -302,7 +305,7 @@ def test_methods_without_low_rank_updates_have_nothing_to_merge(method, ids):
         with pytest.raises(UserError, match="unmerge"):
             rankwise.detach(model)
     assert merge(model, keep=False).passed
-    assert attached(model) is None
+    assert not attached(model)
     assert model[2] is trained
 
 

@@ -24,7 +24,7 @@ def layer_of(kind, in_features, out_features, r, dtype, size, alpha=8.0, seed=0)
         "embedding": lambda: nn.Embedding(in_features, out_features),
     }[kind]()
     layer = wrap(base.to(dtype), Spec(r, alpha))
-    grown = layer.lora_A if kind == "embedding" else layer.lora_B
+    grown = layer.update.lora_A if kind == "embedding" else layer.update.lora_B
     grown.data.copy_(torch.randn(grown.shape) * size)
     return layer
 
@@ -80,7 +80,7 @@ def test_an_honest_merge_is_never_refused(
     grown, input_size = (10.0**p for p in powers)
     layer = layer_of(kind, in_features, out_features, r, dtype, grown, alpha, seed)
     with torch.no_grad():
-        check = check_layer("x", layer, plain(layer), rows_of(kind, layer, n, input_size))
+        check = check_layer("x", layer, "weight", plain(layer), rows_of(kind, layer, n, input_size))
     assert check.problem() is None
     assert check.error <= check.bound
     assert check.lost <= 1.0001  # W0 itself is never nearer than the rounded sum
@@ -95,12 +95,12 @@ def test_an_honest_merge_is_never_refused(
 )
 def test_a_scale_that_is_slightly_wrong_is_refused(kind, dtype, width, r, percent):
     layer = layer_of(kind, width, width + 3, r, dtype, 0.02)
-    honest = layer.scale
-    layer.scale = honest * (1 + percent / 100)
+    honest = layer.update.scale
+    layer.update.scale = honest * (1 + percent / 100)
     wrong = plain(layer)
-    layer.scale = honest
+    layer.update.scale = honest
     with torch.no_grad():
-        check = check_layer("x", layer, wrong, None)
+        check = check_layer("x", layer, "weight", wrong, None)
     assert not check.passed
     assert "not W0 + δ rounded once" in check.problem()
 
@@ -109,30 +109,30 @@ def test_a_scale_that_is_slightly_wrong_is_refused(kind, dtype, width, r, percen
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_percent_is_seen_in_short_dtypes_too(kind, dtype):
     layer = layer_of(kind, 64, 48, 4, dtype, 0.1)
-    honest = layer.scale
-    layer.scale = honest * 1.01
+    honest = layer.update.scale
+    layer.update.scale = honest * 1.01
     wrong = plain(layer)
-    layer.scale = honest
+    layer.update.scale = honest
     with torch.no_grad():
-        assert not check_layer("x", layer, wrong, None).passed
+        assert not check_layer("x", layer, "weight", wrong, None).passed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_an_update_computed_in_the_short_dtype_is_refused(dtype):
     layer = layer_of("linear", 64, 48, 4, dtype, 0.1)
-    short = (layer.lora_B.to(dtype) @ layer.lora_A.to(dtype)) * layer.scale
-    ratio, *_ = check_weight(layer, (layer.base_layer.weight + short).detach())
+    short = (layer.update.lora_B.to(dtype) @ layer.update.lora_A.to(dtype)) * layer.update.scale
+    ratio, *_ = check_weight(layer, "weight", (layer.base_layer.weight + short).detach())
     assert ratio > 1
-    ratio, *_ = check_weight(layer, plain(layer).weight)
+    ratio, *_ = check_weight(layer, "weight", plain(layer).weight)
     assert ratio <= 1
 
 
 def test_a_transposed_update_is_refused():
     layer = layer_of("linear", 20, 20, 3, torch.float32, 0.1)
     wrong = plain(layer)
-    wrong.weight.data = layer.base_layer.weight + layer.factors().delta().T
+    wrong.weight.data = layer.base_layer.weight + layer.update.factors().delta().T
     with torch.no_grad():
-        assert not check_layer("x", layer, wrong, None).passed
+        assert not check_layer("x", layer, "weight", wrong, None).passed
 
 
 def test_a_wrong_bias_is_refused_by_the_outputs():
@@ -140,7 +140,7 @@ def test_a_wrong_bias_is_refused_by_the_outputs():
     wrong = plain(layer)
     wrong.bias = nn.Parameter(wrong.bias + 1e-4)
     with torch.no_grad():
-        check = check_layer("x", layer, wrong, None)
+        check = check_layer("x", layer, "weight", wrong, None)
     assert check.weight_ratio <= 1 < check.ratio
     assert "the outputs of x change by up to 0.0001" in check.problem()
 
@@ -148,9 +148,9 @@ def test_a_wrong_bias_is_refused_by_the_outputs():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused(bad):
     layer = layer_of("linear", 20, 20, 3, torch.float32, 0.1)
-    layer.lora_A.data[1, 2] = bad
+    layer.update.lora_A.data[1, 2] = bad
     with torch.no_grad():
-        check = check_layer("x", layer, plain(layer), None)
+        check = check_layer("x", layer, "weight", plain(layer), None)
     assert not check.finite
     assert "lora_A" in check.problem()
 
@@ -160,9 +160,9 @@ def test_the_measures_are_those_of_the_formulas():
     x = rows_of("linear", layer, 9)
     merged = plain(layer)
     with torch.no_grad():
-        check = check_layer("x", layer, merged, x)
+        check = check_layer("x", layer, "weight", merged, x)
         base = layer.base_layer.weight.double()
-        delta = layer.scale * layer.lora_B.double() @ layer.lora_A.double()
+        delta = layer.update.scale * layer.update.lora_B.double() @ layer.update.lora_A.double()
         kept = merged.weight.double() - base
         apart = (merged(x).double() - layer(x).double()).abs()
     assert check.update == pytest.approx(float(delta.norm()))

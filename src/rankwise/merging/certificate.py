@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.attaching import adapted_sites, base, trained_copies
-from rankwise.layers import weight_of
+from rankwise.attaching import adapted_sites, attachments, base
 from rankwise.merging.effect import Probe, at_rest, difference, instead, outputs, recorded_inputs
 from rankwise.merging.rounding import LayerCheck, check_layer, roundoff
 
@@ -181,7 +181,7 @@ def certify(
     places = [(site, twins[site.name]) for site, _ in adapted]
     inputs: dict[str, Tensor] = {}
     check, bad = None, list[str]()
-    with at_rest(model):
+    with at_rest(model), _evaluating(twins.values()):
         if probe is not None:
             with recorded_inputs(adapted) as inputs:
                 unmerged = outputs(model, probe)
@@ -192,17 +192,31 @@ def certify(
             check = _check_outputs(unmerged, plain, merged)
             bad = [OUTPUTS] if _newly_nonfinite(merged, plain) else []
         layers = tuple(
-            check_layer(site.name, layer, twins[site.name], inputs.get(site.name))
+            check_layer(site.name, layer, parameter, twins[site.name], inputs.get(site.name))
             for site, layer in adapted
+            for parameter in layer.adapted()
         )
     return Certificate(
-        dtype=_dtypes(model, [weight_of(layer.base_layer) for _, layer in adapted]),
+        dtype=_dtypes(model, [m.base_weight(p) for _, m in adapted for p in m.adapted()]),
         layers=layers,
         outputs=check,
         nonfinite=(*_nonfinite_copies(model), *(x.name for x in layers if not x.finite), *bad),
         untied=untied,
         probe=_described(probe),
     )
+
+
+@contextlib.contextmanager
+def _evaluating(twins: Iterable[nn.Module]) -> Generator[None]:
+    """The twins in evaluation mode: they are not in the model, so its mode does not reach them."""
+    modes = [(module, module.training) for twin in twins for module in twin.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _check_outputs(
@@ -227,8 +241,9 @@ def _newly_nonfinite(merged: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> b
 def _nonfinite_copies(model: nn.Module) -> list[str]:
     return [
         name
-        for name, module in trained_copies(model).items()
-        if not all(bool(p.isfinite().all()) for p in module.parameters())
+        for record in attachments(model).values()
+        for name, module in record.copies.items()
+        if record.active and not all(bool(p.isfinite().all()) for p in module.parameters())
     ]
 
 

@@ -8,9 +8,20 @@ from collections.abc import Generator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankwise.attaching import adapted_sites, base, unmerged
+from rankwise.attaching import adapted_sites, base, unmerged, updates_of
 from rankwise.errors import RankwiseError, UserError, gather
-from rankwise.layers import LoRAEmbedding, LoRALayer
+from rankwise.layers import (
+    Change,
+    LoRAConv,
+    LoRAEmbedding,
+    LoRAHost,
+    LoRALayer,
+    LowRank,
+    Network,
+    Prefix,
+    Shared,
+    Update,
+)
 from rankwise.targets import Site
 
 __all__ = ["EffectError", "Probe", "check_effect", "effects"]
@@ -28,8 +39,11 @@ class EffectError(RankwiseError):
 def effects(model: nn.Module, probe: Probe) -> dict[str, float]:
     """How much each update matters: max |y - y_i|, with y_i the outputs without update i.
 
-    One run of the model, and one more for each adapted layer, in evaluation mode; the model is
-    left as it was. The outputs are compared as :func:`outputs` reads them.
+    Those are low-rank updates, bottlenecks and prefixes; not the offsets of biases.
+
+    One run of the model, and one more for each update of an active adapter, in evaluation mode;
+    the model is left as it was. The outputs are compared as :func:`outputs` reads them. Where
+    several adapters act, the names are ``adapter:module``.
 
     Raises:
         UserError: the model carries no adapter, it is merged, or its outputs hold no numbers.
@@ -38,9 +52,24 @@ def effects(model: nn.Module, probe: Probe) -> dict[str, float]:
     with at_rest(model):
         whole = outputs(model, probe)
         return {
-            site.name: _effect(model, probe, whole, site, layer)
-            for site, layer in adapted_sites(model)
+            name: _effect(model, probe, whole, update)
+            for name, (_, update) in _acting(model).items()
         }
+
+
+def _acting(model: nn.Module) -> dict[str, tuple[Site, Update]]:
+    """The updates that act, with the module of each, by name; not the offsets of biases."""
+    active = [record for record in unmerged(model).values() if record.active]
+    table = {site.name: site for site, _ in adapted_sites(model)}
+    return {
+        name if len(active) == 1 else f"{record.name}:{name}": (
+            table[record.places[name][0]],
+            update,
+        )
+        for record in active
+        for name, update in updates_of(model, record.name).items()
+        if isinstance(update, LowRank | Network | Prefix)
+    }
 
 
 def check_effect(model: nn.Module, probe: Probe | None = None, *, each: bool = False) -> None:
@@ -50,21 +79,22 @@ def check_effect(model: nn.Module, probe: Probe | None = None, *, each: bool = F
     With a probe, the outputs must change when the adapter is taken away as a whole (two runs),
     and when the update of any layer whose ``forward`` was not called is taken away (one run for
     each such layer): its owner may read ``.weight``, which is fine, or hold on to a weight of its
-    own. ``each`` asks the same of every layer, at one run for each. Methods without low-rank
-    updates have nothing to check.
+    own. ``each`` asks the same of every layer, at one run for each. A bottleneck counts as nothing
+    when U and its bias are zero; a prefix is only asked for what it does. HeadOnly, Full and BitFit
+    have nothing to check.
 
     Raises:
         EffectError: names every layer without effect.
         UserError: the model carries no adapter, it is merged, or its outputs hold no numbers.
     """
     unmerged(model)
-    adapted = adapted_sites(model)
+    adapted = _acting(model)
     title = "The adapter has no effect in part"
-    gather(EffectError, title, [p for site, layer in adapted if (p := _zero(site, layer))])
+    gather(EffectError, title, [p for name, (_, u) in adapted.items() if (p := _zero(name, u))])
     if probe is None or not adapted:
         return
     with at_rest(model):
-        with recorded_inputs(adapted) as inputs:
+        with recorded_inputs(adapted_sites(model)) as inputs:
             whole = outputs(model, probe)
         with base(model):
             without = outputs(model, probe)
@@ -72,21 +102,31 @@ def check_effect(model: nn.Module, probe: Probe | None = None, *, each: bool = F
             raise EffectError(
                 f"The outputs of {type(model).__name__} are the same with the adapter and without "
                 f"it on this probe, though {len(adapted)} layer(s) carry an update, the first "
-                f"being '{adapted[0][0].name}'. The outputs do not depend on these layers: adapt "
+                f"being '{next(iter(adapted))}'. The outputs do not depend on these layers: adapt "
                 "layers that they pass through, or probe with inputs that reach them."
             )
-        asked = [(s, m) for s, m in adapted if each or s.name not in inputs]
-        idle = [s.name for s, m in asked if _effect(model, probe, whole, s, m) == 0]
-    gather(EffectError, title, [_bypassed(name, name in inputs) for name in idle])
+        asked = {n: (s, u) for n, (s, u) in adapted.items() if each or s.name not in inputs}
+        idle = [(n, s) for n, (s, u) in asked.items() if _effect(model, probe, whole, u) == 0]
+    gather(EffectError, title, [_bypassed(name, site.name in inputs) for name, site in idle])
 
 
-def _zero(site: Site, layer: LoRALayer) -> str | None:
-    factors = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
-    zeros = [name for name, factor in factors.items() if not factor.detach().any()]
-    if not zeros:
+def _zero(name: str, update: Update) -> str | None:
+    if isinstance(update, Network) and not (update.up.any() or update.up_bias.any()):
+        return (
+            f"'{name}': U and its bias are all zeros, so its bottleneck adds nothing. It was not "
+            "trained, or no gradient reached it; train it, or leave its layer out."
+        )
+    if not isinstance(update, LowRank):
         return None
+    factors = {"lora_A": update.lora_A, "lora_B": update.lora_B}
+    starts = {"lora_A": update.start_A, "lora_B": update.start_B}
+    zeros = [side for side, factor in factors.items() if not factor.detach().any()]
+    same = [s for s, f in factors.items() if starts[s] is not None and torch.equal(f, starts[s])]  # type: ignore[arg-type]
+    if not zeros and len(same) < 2:
+        return None
+    how = f"{' and '.join(zeros)} is all zeros" if zeros else "A and B are where they started"
     return (
-        f"'{site.name}': {' and '.join(zeros)} is all zeros, so its update is zero. It was not "
+        f"'{name}': {how}, so its update is zero. It was not "
         "trained, or no gradient reached it; train it, or leave it out of target_modules."
     )
 
@@ -103,11 +143,26 @@ def _bypassed(name: str, called: bool) -> str:
     )
 
 
-def _effect(
-    model: nn.Module, probe: Probe, whole: Sequence[Tensor], site: Site, layer: LoRALayer
-) -> float:
-    with instead([(site, layer.base_layer)]):
+def _effect(model: nn.Module, probe: Probe, whole: Sequence[Tensor], update: Update) -> float:
+    with _left_out(model, update):
         return difference(whole, outputs(model, probe))
+
+
+@contextlib.contextmanager
+def _left_out(model: nn.Module, update: Update) -> Generator[None]:
+    """The model without one update, and without it where it is shared, for the block."""
+    held = [m.updates for m in model.modules() if isinstance(m, LoRALayer)]
+    before = [dict(updates.items()) for updates in held]
+    for updates in held:
+        for key, other in list(updates.items()):
+            if other is update or (isinstance(other, Shared) and other.source is update):
+                del updates[key]
+    try:
+        yield
+    finally:
+        for updates, those in zip(held, before, strict=True):
+            updates.clear()
+            updates.update(those)
 
 
 @contextlib.contextmanager
@@ -124,13 +179,18 @@ def instead(places: Sequence[tuple[Site, nn.Module]]) -> Generator[None]:
 
 @contextlib.contextmanager
 def recorded_inputs(adapted: Sequence[tuple[Site, LoRALayer]]) -> Generator[dict[str, Tensor]]:
-    """The input of the first call of each adapted layer, some of its rows, by name.
+    """The input of the first call of each layer around another one, some of it, by name.
 
-    Rows x (N, in), or ids (N,) for an embedding; at most :func:`row_limit` of them, evenly spread.
-    A layer whose ``forward`` is not called has no entry.
+    Rows x (N, in), or ids (N,) for an embedding; at most :func:`row_limit` of them, evenly spread;
+    for a convolution the first two of the batch. A layer whose ``forward`` is not called has no
+    entry, and neither has a module whose parameters are adapted.
     """
     found: dict[str, Tensor] = {}
-    hooks = [layer.register_forward_pre_hook(_recorder(s.name, found)) for s, layer in adapted]
+    around = [(s, layer) for s, layer in adapted if not isinstance(layer, LoRAHost)]
+    hooks = [
+        layer.register_forward_pre_hook(_recorder(s.name, found), with_kwargs=True)
+        for s, layer in around
+    ]
     try:
         yield found
     finally:
@@ -139,10 +199,17 @@ def recorded_inputs(adapted: Sequence[tuple[Site, LoRALayer]]) -> Generator[dict
 
 
 def _recorder(name: str, found: dict[str, Tensor]):
-    def record(layer: LoRALayer, arguments: tuple[Tensor, ...]) -> None:
-        if name in found or not arguments:
+    def record(
+        layer: LoRALayer, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]
+    ) -> None:
+        given = [*arguments, *keywords.values()]
+        if name in found or not given:
             return
-        x = arguments[0].detach()
+        x = given[0].detach()
+        if isinstance(layer, LoRAConv):
+            batched = x.ndim > len(layer.base_layer.kernel_size) + 1
+            found[name] = (x[:2] if batched else x).clone()
+            return
         rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
         limit = row_limit(layer)
         if len(rows) > limit:
@@ -155,9 +222,10 @@ def _recorder(name: str, found: dict[str, Tensor]):
 
 def row_limit(layer: LoRALayer) -> int:
     """How many inputs a layer is measured on: 16 to 64, fewer the wider they are."""
-    r, out_features = layer.lora_A.shape[0], layer.lora_B.shape[0]
+    changes = [u.layout for u in layer.live() if isinstance(u, Change)]
+    sizes = [layout for layout in changes if len(layout.shape) > 1]
     looked_up = isinstance(layer, LoRAEmbedding)
-    wide = max(out_features, r if looked_up else layer.lora_A.shape[1])
+    wide = max((max(s.out_features, 1 if looked_up else s.in_features) for s in sizes), default=1)
     return max(16, min(64, 2**16 // wide))
 
 

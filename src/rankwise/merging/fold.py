@@ -9,16 +9,36 @@ from collections.abc import Generator
 import torch
 from torch import Tensor, nn
 
-from rankwise.attaching import adapted_sites, attachment, base, forget, note_kept, unmerged
+from rankwise.attaching import (
+    adapted_sites,
+    attachments,
+    base,
+    forget,
+    kept_layers,
+    note_kept,
+    unmerged,
+)
 from rankwise.errors import RankwiseError, UserError, gather
-from rankwise.layers import LoRALayer, weight_of
+from rankwise.layers import (
+    LoRAHost,
+    LoRALayer,
+    LowRank,
+    Shared,
+    is_quantized,
+    quantization,
+    rounds_inputs,
+    wide_dtype,
+)
 from rankwise.lowrank import Factors
 from rankwise.merging.certificate import Certificate, certify
 from rankwise.merging.effect import Probe, full_float32, instead
-from rankwise.merging.rounding import blocks
+from rankwise.merging.slabs import BLOCK
 from rankwise.targets import Site, shared_weights, sites
 
 __all__ = ["MergeError", "merge", "merged", "unmerge"]
+
+
+_HELD = "_rankwise_layer"  # of a twin that computes W', the layer it stands for
 
 
 class MergeError(RankwiseError):
@@ -35,13 +55,17 @@ class MergeError(RankwiseError):
 
 
 def merge(model: nn.Module, *, keep: bool = True, probe: Probe | None = None) -> Certificate:
-    """Give every adapted layer a plain one in its place, with W' = W0 + δ, and certify it.
+    """Give every adapted layer a plain one in its place, with W' = W0 + Σ δ, and certify it.
+
+    The adapters that are active are merged; all of the model's must be.
 
     W' is computed in float32 (float64 for a float64 base), a few rows at a time, and rounded once
     to the dtype of W0. The plain layer is of the base layer's class and settings, on its device,
     and holds the same bias object; no base weight is written. Where W0 was tied to another
-    module's weight, that module keeps W0 (``Certificate.untied`` names both). Trained copies, such
-    as the head, stay where they are. The certificate is made before anything is changed.
+    module's weight, that module keeps W0 (``Certificate.untied`` names both), unless the update is
+    on both. A quantised layer that only stores its weight in fewer bits becomes a plain one in the
+    dtype in which it computes; W0 is then what its numbers stand for. Trained copies, such as the
+    head, stay where they are. The certificate is made before anything is changed.
 
     Args:
         model: what :func:`rankwise.attach` was called on.
@@ -57,19 +81,27 @@ def merge(model: nn.Module, *, keep: bool = True, probe: Probe | None = None) ->
         UserError: the model carries no adapter, it is merged already, or an adapted layer cannot
             be rebuilt (its weight is parametrized, or its forward was replaced).
     """
-    unmerged(model)
+    asleep = [record.name for record in unmerged(model).values() if not record.active]
+    if asleep:
+        raise UserError(
+            f"{', '.join(asleep)}: attached and not active. Activate what is to be merged "
+            "(rankwise.set_active), and detach what is not (rankwise.detach)."
+        )
     adapted = adapted_sites(model)
     gather(UserError, "The adapter cannot be merged", [p for s, m in adapted if (p := _bar(s, m))])
     stand_in = plain if keep else streamed
     twins = {site.name: stand_in(layer) for site, layer in adapted}
+    _keep_tied(adapted, twins)
     certificate = certify(model, twins, probe, _untied(model))
     if not certificate.passed:
         raise MergeError(certificate)
     if keep:
         _put_aside(model, adapted, twins)
     else:
+        homes = [(site.name, site.places) for site, _ in adapted]
         twins.clear()
-        _replace(adapted)
+        adapted.clear()
+        _replace(model, homes)
         forget(model)
     return certificate
 
@@ -82,7 +114,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         UserError: nothing is merged, or a plain layer was replaced or cast in the meantime.
     """
-    kept = attachment(model).kept
+    kept = kept_layers(model)
     if kept is None:
         raise UserError(
             "The adapter of this model is not merged. unmerge is the way back from "
@@ -96,7 +128,8 @@ def unmerge(model: nn.Module) -> None:
     ]
     gather(UserError, "The adapted layers cannot be put back", problems)
     for name, (twin, layer) in kept.items():
-        layer.to(weight_of(twin).device)
+        device = next(twin.parameters()).device
+        layer.to(device)
         layer.train(twin.training)
         table[name].put(layer)
     note_kept(model, None)
@@ -116,17 +149,43 @@ def merged(model: nn.Module, *, probe: Probe | None = None) -> Generator[Certifi
         unmerge(model)
 
 
-def merged_weight(layer: LoRALayer) -> Tensor:
-    """W' = W0 + δ, laid out and rounded as W0 is, from float32 (float64) blocks of rows."""
-    stored = weight_of(layer.base_layer).detach()
-    wide = torch.promote_types(stored.dtype, torch.float32)
-    a, b = layer.lora_A.detach().to(wide), layer.lora_B.detach().to(wide)
+def merged_weight(layer: LoRALayer, parameter: str) -> Tensor:
+    """W' = W0 + Σ δ, laid out and rounded once as W0 is; low-rank updates in blocks of rows."""
+    stored = layer.base_weight(parameter) if _has(layer, parameter) else None
+    with torch.no_grad(), full_float32():
+        if stored is None:
+            return torch.stack([u.dense(layer) for u in layer.changes(parameter)]).sum(0)
+        with _no_autocast(stored):
+            pairs = [_pair(update) for update in layer.changes(parameter)]
+            if None in pairs or stored.ndim != 2:
+                return layer.effective(parameter).contiguous()
+            return _by_blocks(layer, parameter, stored, [p for p in pairs if p is not None])
+
+
+def _pair(update: object) -> Factors | None:
+    """A and B of an update that is nothing but low-rank and covers all rows."""
+    whole = isinstance(update, LowRank) and update.magnitude is None and not update.layout.rows
+    return update.factors().conditioned() if isinstance(update, LowRank) and whole else None
+
+
+def _by_blocks(layer: LoRALayer, parameter: str, stored: Tensor, pairs: list[Factors]) -> Tensor:
+    layout = layer.changes(parameter)[0].layout
+    wide = wide_dtype(stored)
     result = torch.empty_like(stored)
-    source, target = (stored.T, result.T) if layer.transposed else (stored, result)
-    with torch.no_grad(), full_float32(), _no_autocast(stored):
-        for rows in blocks(layer):
-            target[rows] = source[rows].to(wide) + Factors(a, b[rows], layer.scale).delta()
+    source, target = layout.matrix(stored), layout.matrix(result)
+    factors = [Factors(f.A.detach().to(wide), f.B.detach().to(wide), f.scale) for f in pairs]
+    step = max(1, BLOCK // source.shape[1])
+    for start in range(0, len(source), step):
+        rows = slice(start, start + step)
+        total = source[rows].to(wide)
+        for f in factors:
+            total = total + Factors(f.A, f.B[rows], f.scale).delta()
+        target[rows] = total
     return result
+
+
+def _has(layer: LoRALayer, parameter: str) -> bool:
+    return parameter in dict(layer.base_layer.named_parameters(recurse=False))
 
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -137,42 +196,105 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def plain(layer: LoRALayer) -> nn.Module:
-    """A layer of the base layer's class and settings that holds W' and the same bias object."""
+    """A module of the base layer's class and settings that holds the merged parameters.
+
+    Whatever is not adapted in it is the same object as in the base.
+    """
     twin = _twin(layer)
-    weight = nn.Parameter(merged_weight(layer), requires_grad=False)
-    twin.register_parameter("weight", weight)
+    for parameter in layer.adapted():
+        value = nn.Parameter(merged_weight(layer, parameter), requires_grad=False)
+        twin.register_parameter(parameter, value)
     return twin
 
 
 def streamed(layer: LoRALayer) -> nn.Module:
-    """A layer as :func:`plain` makes it, which holds W0 and computes W' whenever it is read.
+    """A module as :func:`plain` makes it, which holds W0 and computes W' whenever it is read.
 
     With it a merge can be measured before a base weight is given up, and at most one W' is held.
     """
     twin = _twin(layer)
-    vars(twin)["layer"] = layer  # on the object: a class lives until the garbage is collected
+    vars(twin)[_HELD] = layer  # on the object: a class lives until the garbage is collected
     kind = type(twin)
-    computed = property(lambda self: merged_weight(vars(self)["layer"]))
-    twin.__class__ = type(kind.__name__, (kind,), {"weight": computed})
+    body = {name: _computed(name) for name in layer.adapted()}
+    twin.__class__ = type(kind.__name__, (kind,), body)
     return twin
+
+
+def _computed(parameter: str) -> property:
+    return property(lambda self: merged_weight(vars(self)[_HELD], parameter))
 
 
 def _twin(layer: LoRALayer) -> nn.Module:
-    """A second module around the tensors of the base layer, with settings and hooks of its own."""
-    twin = copy.copy(layer.base_layer)
-    for name, value in vars(layer.base_layer).items():
-        if isinstance(value, (dict, set)):
+    """A second module around the tensors of the base layer, with settings and hooks of its own.
+
+    In the place of a quantised layer it is a plain one.
+    """
+    original = layer.base_layer
+    if is_quantized(original):
+        return _dequantized(layer)
+    source = layer if isinstance(layer, LoRAHost) else original
+    twin = copy.copy(source)
+    for name, value in vars(source).items():
+        if isinstance(value, dict | set):
             vars(twin)[name] = value.copy()
+    if isinstance(layer, LoRAHost):
+        object.__setattr__(twin, "__class__", type(original))
+        delattr(twin, "updates")
+        del vars(twin)["base_layer"]
     return twin
+
+
+def _dequantized(layer: LoRALayer) -> nn.Module:
+    original = layer.base_layer
+    assert isinstance(original, nn.Linear)
+    weight = layer.base_weight("weight")
+    twin = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
+    twin.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    twin.register_parameter("bias", original.bias)
+    return twin.train(original.training)
+
+
+def _keep_tied(adapted: list[tuple[Site, LoRALayer]], twins: dict[str, nn.Module]) -> None:
+    """Where one update is on two layers of one weight, let them share the merged weight too."""
+    for name, first in _joined(adapted).items():
+        if not isinstance(vars(type(twins[name])).get("weight"), property):
+            twins[name].register_parameter("weight", twins[first].get_parameter("weight"))
+
+
+def _joined(adapted: list[tuple[Site, LoRALayer]]) -> dict[str, str]:
+    """The layers whose every update of the weight is another's, by name, with that other's name.
+
+    They hold one weight before and after.
+    """
+    changes = {site.name: layer.changes("weight") for site, layer in adapted}
+    homes = {id(u): name for name, updates in changes.items() for u in updates}
+    found: dict[str, str] = {}
+    for name, updates in changes.items():
+        sources = [u.source for u in updates if isinstance(u, Shared)]
+        if sources and len(sources) == len(updates):
+            first = homes[id(sources[0])]
+            if {id(u) for u in changes[first]} == {id(u) for u in sources}:
+                found[name] = first
+    return found
 
 
 def _bar(site: Site, layer: LoRALayer) -> str | None:
     """Why no plain layer can be made in the place of this one, or None."""
     original = layer.base_layer
-    if "weight" not in dict(original.named_parameters(recurse=False)):
+    if rounds_inputs(original):
         return (
-            f"the weight of '{site.name}' is computed from other tensors; make it a plain one "
-            "first (torch.nn.utils.parametrize.remove_parametrizations)."
+            f"'{site.name}' ({quantization(original)}) rounds its inputs as well, so no plain "
+            "weight has its function. Load the base unquantised, attach the adapter, merge there."
+        )
+    barrier = next((u.barrier for u in layer.live() if u.barrier), None)
+    if barrier is not None:
+        return f"what was added to '{site.name}' {barrier}."
+    parameters = dict(original.named_parameters(recurse=False))
+    missing = [p for p in layer.adapted() if p not in parameters and p != "bias"]
+    if missing and not is_quantized(original):
+        return (
+            f"the {missing[0]} of '{site.name}' is computed from other tensors; make it a plain "
+            "one first (torch.nn.utils.parametrize.remove_parametrizations)."
         )
     if "forward" in vars(original):
         return (
@@ -190,40 +312,65 @@ def _put_aside(
     note_kept(model, {site.name: (twins[site.name], layer) for site, layer in adapted})
 
 
-def _replace(adapted: list[tuple[Site, LoRALayer]]) -> None:
-    """Put plain layers in, letting go of each adapted one before the next is begun."""
-    while adapted:
-        site, layer = adapted.pop()
-        site.put(plain(layer))
-        del site, layer
+def _replace(model: nn.Module, homes: list[tuple[str, tuple[str, ...]]]) -> None:
+    """Put plain layers in, letting go of each adapted one before the next is begun.
+
+    The outer ones come first, as an inner one hangs in them. Layers that share an update are
+    replaced together.
+    """
+    shared = [
+        (s, m) for s, m in adapted_sites(model) if any(isinstance(u, Shared) for u in m.live())
+    ]
+    sources = {id(u.source) for _, m in shared for u in m.live() if isinstance(u, Shared)}
+    together = [
+        (s, m) for s, m in adapted_sites(model) if any(id(u) in sources for u in m.live())
+    ] + shared
+    twins = {site.name: plain(layer) for site, layer in together}
+    _keep_tied(together, twins)
+    del shared, together
+    for name, places in homes:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LoRALayer)
+        Site(name, layer, places, model).put(twins[name] if name in twins else plain(layer))
+        del layer
 
 
 def _lost(name: str, site: Site | None, twin: nn.Module, layer: LoRALayer) -> str | None:
     if site is None or site.module is not twin:
         return f"'{name}' is not the plain layer that merge put there; put that one back first."
-    now, then = weight_of(twin).dtype, weight_of(layer.base_layer).dtype
-    if now != then:
-        return (
-            f"'{name}' was cast from {then} to {now} since it was merged, and the kept layer is "
-            "still the former. Cast the model back, or cast it before merging."
-        )
+    for parameter in layer.adapted():
+        now, then = getattr(twin, parameter).dtype, layer.base_weight(parameter).dtype
+        if now != then and _has(layer, parameter) and not is_quantized(layer.base_layer):
+            return (
+                f"'{name}' was cast from {then} to {now} since it was merged, and the kept layer "
+                "is still the former. Cast the model back, or cast it before merging."
+            )
     return None
 
 
 def _untied(model: nn.Module) -> tuple[str, ...]:
     """Modules that shared a weight in the base and will not when merged, in the model's order."""
-    record, table = attachment(model), sites(model)
-    changed = (*record.adapted, *record.originals)
-    with base(model), instead([(table[name], m) for name, m in record.originals.items()]):
+    table = sites(model)
+    active = [record for record in attachments(model).values() if record.active]
+    layers = [name for name, site in table.items() if isinstance(site.module, LoRALayer)]
+    originals = {n: m for record in active for n, m in record.originals.items()}
+    joined = _joined(adapted_sites(model))
+    changed = (*(n for n in layers if "weight" in _adapted(table[n].module)), *originals)
+    with base(model), instead([(table[name], m) for name, m in originals.items()]):
         groups = shared_weights(model)
         modules = dict(model.named_modules(remove_duplicate=False))
     names: list[str] = []
     for group in groups:
         owners = {id(modules[n]): n for n in reversed([g.rpartition(".")[0] for g in group])}
         parts = {_part(name, changed) for name in owners.values()}
-        if len(owners) > 1 and len(parts) > 1:
+        apart = [name for name in owners.values() if name not in joined]
+        if len(owners) > 1 and len(parts) > 1 and len(apart) > 1:
             names.extend(reversed(owners.values()))
     return tuple(dict.fromkeys(names))
+
+
+def _adapted(module: nn.Module) -> list[str]:
+    return module.adapted() if isinstance(module, LoRALayer) else []
 
 
 def _part(name: str, changed: tuple[str, ...]) -> str | None:

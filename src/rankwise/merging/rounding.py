@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rankwise.layers import LoRAEmbedding, LoRALayer, weight_of
-from rankwise.lowrank import Factors
+from rankwise.layers import LoRAConv, LoRAEmbedding, LoRAHost, LoRALayer, LoRAWrapper
+from rankwise.merging.slabs import Slab, slabs
 
-__all__ = ["LayerCheck", "blocks", "check_layer", "roundoff"]
+__all__ = ["LayerCheck", "check_layer", "roundoff"]
 
-BLOCK = 2**18  # numbers of a weight held in a wider dtype at a time; more would leave the cache
 DRAWN = 32  # rows for a layer that the probe does not pass through
 
 
@@ -23,7 +22,7 @@ class LayerCheck:
     """One merged layer against the unmerged one.
 
     Attributes:
-        name: of the module.
+        name: of the module, and behind it the parameter where it is not the weight.
         error: the largest |merged(x) - unmerged(x)| on the probe rows, both run as they are.
         bound: what rounding may explain at that place, see :func:`output_bound`.
         effect: max |δ x| on the same rows, the update's own size.
@@ -80,110 +79,130 @@ def gamma(k: int, u: float) -> float:
     return k * u / (1 - k * u) if k * u < 1 else math.inf
 
 
-def blocks(layer: LoRALayer) -> Iterator[slice]:
-    """Slices of the output features, such that a slice of δ (rows, in) holds few numbers."""
-    out_features, in_features = layer.lora_B.shape[0], layer.lora_A.shape[1]
-    step = max(1, BLOCK // in_features)
-    for start in range(0, out_features, step):
-        yield slice(start, start + step)
+def check_layer(
+    site: str, layer: LoRALayer, parameter: str, merged: nn.Module, x: Tensor | None
+) -> LayerCheck:
+    """Measure one merged parameter on probe inputs x: rows (N, in), ids (N,), or images.
 
-
-def check_layer(name: str, layer: LoRALayer, merged: nn.Module, x: Tensor | None) -> LayerCheck:
-    """Measure a merged layer on probe rows x (N, in), or ids (N,) for an embedding.
-
-    Without rows, seeded Gaussian ones are drawn (ids at random). No gradients may be on.
+    Without them, seeded Gaussian ones are drawn (ids at random). A parameter that its owner reads
+    is measured as the linear layer that it is a matrix of. No gradients may be on.
     """
-    x = _drawn(layer) if x is None else x
-    weight_ratio, update, lost, finite = check_weight(layer, weight_of(merged))
-    unmerged, changed = layer(x), merged(x)
-    bound = output_bound(layer, x, unmerged, changed)
-    error = (_wide(changed) - _wide(unmerged)).abs()
-    place = int(error.argmax())
-    return LayerCheck(
-        name=name,
-        error=float(error.flatten()[place]),
-        bound=float(bound.flatten()[place]),
-        effect=float(_on(_wide_factors(layer), x).abs().max()),
-        ratio=float((error / bound).max()),
-        weight_ratio=weight_ratio,
-        update=update,
-        lost=lost,
-        finite=finite,
-    )
+    name = site if parameter == "weight" else f"{site}.{parameter}"
+    found: Tensor = getattr(merged, parameter)
+    weight_ratio, update, lost, finite = check_weight(layer, parameter, found)
+    error = bound = effect = ratio = 0.0
+    if found.ndim > 1:
+        x = _drawn(layer, parameter) if x is None else x
+        unmerged, changed = _runs(layer, parameter, merged, found, x)
+        limit, low = output_bound(layer, parameter, x, unmerged, changed)
+        apart = (_wide(changed) - _wide(unmerged)).abs()
+        place = int(apart.argmax())
+        error, bound = float(apart.flatten()[place]), float(limit.flatten()[place])
+        effect, ratio = low, float((apart / limit).max())
+    return LayerCheck(name, error, bound, effect, ratio, weight_ratio, update, lost, finite)
 
 
-def check_weight(layer: LoRALayer, merged: Tensor) -> tuple[float, float, float, bool]:
+def _runs(
+    layer: LoRALayer, parameter: str, merged: nn.Module, found: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The outputs of the unmerged layer and of the merged one."""
+    if not isinstance(layer, LoRAHost):
+        return layer(x), merged(x)
+    before, after = (_flat(layer, parameter, w) for w in (layer.effective(parameter), found))
+    return F.linear(x, before), F.linear(x, after)
+
+
+def _flat(layer: LoRALayer, parameter: str, stored: Tensor) -> Tensor:
+    """A parameter that its owner reads as (rows, in); the members of a bank one below the other."""
+    layout = layer.changes(parameter)[0].layout
+    return layout.matrix(stored).flatten(0, -2)
+
+
+def check_weight(
+    layer: LoRALayer, parameter: str, merged: Tensor
+) -> tuple[float, float, float, bool]:
     """Compare every element of W' with W0 + δ in float64.
 
-    An honest W' is fl_w(fl_f(W0 + fl_f(s B A))), f being float32 or float64 and w the dtype of W0
+    An honest W' is fl_w(fl_f(W0 + fl_f(δ))), f being float32 or float64 and w the dtype of W0
     (docs/math.md (7a)):
 
-        |W' - (W0 + δ)|  ≤  (u_w + u_f) |W0 + δ|  +  2 γ_{r+2}(f) s |B| |A|  +  η_w
+        |W' - (W0 + δ)|  ≤  (u_w + u_f) |W0 + δ|  +  2 γ_K(f) |δ|_sum  +  η_w
 
-    with u the unit roundoff, η the smallest number of the dtype, and 1 % for the terms of higher
-    order; the second γ pays for the reference itself where f is float64. Element by element this
-    is far tighter than any bound on outputs, as no sum over in_features stands in it.
+    with u the unit roundoff, η the smallest number of the dtype, K the roundings on the way to an
+    element of δ and |δ|_sum what its terms add up to without their signs (for s B A: K = r + 2 and
+    s |B| |A|); 1 % stands for the terms of higher order, and the second γ pays for the reference
+    itself where f is float64. Element by element this is far tighter than any bound on outputs,
+    as no sum over in_features stands in it.
 
     Returns the largest ratio of the two sides, ‖δ‖, ‖W' - (W0 + δ)‖ / ‖δ‖ and whether W' is finite.
     """
-    base = weight_of(layer.base_layer)
+    base = layer.base_weight(parameter)
     f = torch.promote_types(base.dtype, torch.float32)
     grown, small = roundoff(base.dtype) + roundoff(f), smallest(base.dtype)
-    factors = _wide_factors(layer)
-    carried = 2 * gamma(factors.r + 2, roundoff(f))
     ratio, missing, added, finite = 0.0, 0.0, 0.0, True
-    for rows in blocks(layer):
-        delta = _some(factors, rows).delta()
-        wanted = _matrix(layer, base, rows) + delta
-        found = _matrix(layer, merged, rows)
-        off = (found - wanted).abs()
-        size = _some(_magnitude(factors), rows).delta()
-        bound = 1.01 * (grown * wanted.abs() + carried * size) + small
+    for slab in slabs(layer, parameter, merged):
+        wanted = slab.base + slab.delta
+        off = (slab.other - wanted).abs()
+        carried = 2 * gamma(slab.roundings, roundoff(f))
+        bound = 1.01 * (grown * wanted.abs() + carried * slab.size) + small
         worst = float((off / bound).max())
         ratio = worst if math.isnan(worst) else max(ratio, worst)
         missing += float(off.square().sum())
-        added += float(delta.square().sum())
-        finite = finite and bool(found.isfinite().all())
+        added += float(slab.delta.square().sum())
+        finite = finite and bool(slab.other.isfinite().all())
         if math.isnan(ratio):
             break
     lost = math.sqrt(missing / added) if added > 0 else 0.0
     return ratio, math.sqrt(added), lost, finite
 
 
-def output_bound(layer: LoRALayer, x: Tensor, unmerged: Tensor, merged: Tensor) -> Tensor:
-    """What rounding may explain of |merged - unmerged| (N, out), by element; docs/math.md (7b).
+def output_bound(
+    layer: LoRALayer, parameter: str, x: Tensor, unmerged: Tensor, merged: Tensor
+) -> tuple[Tensor, float]:
+    """What rounding explains of |merged - unmerged| by element, and max |δ x|; docs/math.md (7b).
 
     With u the unit roundoff of the layer's dtype a, γ that of the dtype in which products are
-    summed (float32; float64 for float64), n = in (1 for an embedding, which sums nothing) and
+    summed (float32; float64 for float64 outputs), n = in (1 for an embedding, which sums nothing),
+    K the roundings on the way to an element of δ, and
 
-        M = |W0| |x| + |bias|        D = s |B| |A| |x|        S = M + D
+        M = |W0| |x| + |bias|        D = |δ|_sum |x|        S = M + D
 
     the unmerged layer rounds its base output (u M, summed: γ_{n+1} M), then A, B, A x and s B A x
-    (4 u D, summed: γ_{n+r+2} D) and the result (u |y|); the merged one rounds W' (u (M + D) and
-    γ_{r+2} D), sums (γ_{n+1} S) and rounds the result (u |y'|). Together
+    (4 u D, summed: γ_{n+K} D) and the result (u |y|); the merged one rounds W' (u (M + D) and
+    γ_K D), sums (γ_{n+1} S) and rounds the result (u |y'|). Together
 
-        |y' - y|  ≤  2 u S  +  4 u D  +  3 γ_{n+r+4} S  +  u (|y| + |y'|)  +  underflow
+        |y' - y|  ≤  2 u S  +  4 u D  +  3 γ_{n+K+2} S  +  u (|y| + |y'|)  +  underflow
 
     times 1.01 + 8 u for the terms of higher order. Underflow is η, the smallest number of a, times
     what an error of η in W', A, B, A x or the result is multiplied by. Worst cases add up here, so
     an honest merge comes to a small part of it. Sources: Higham 2002, sections 3.1 and 3.5.
     """
     dtype = unmerged.dtype
-    u = max(roundoff(dtype), roundoff(weight_of(layer.base_layer).dtype))
+    u = max(roundoff(dtype), roundoff(layer.base_weight(parameter).dtype))
     summed = roundoff(torch.promote_types(dtype, torch.float32))
-    factors = _magnitude(_wide_factors(layer))
     looked_up = isinstance(layer, LoRAEmbedding)
-    n = 1 if looked_up else factors.in_features
     sizes = x if looked_up else _wide(x).abs()
-    low = _on(factors, sizes)
-    every = _base_magnitude(layer, sizes) + low
+    every: list[Tensor] = []
+    low: list[Tensor] = []
+    largest, through, roundings, terms = 0.0, 0.0, 0, 1
+    for slab in slabs(layer, parameter):
+        low.append(_on(layer, slab.size, sizes, slab))
+        every.append(_on(layer, slab.base.abs(), sizes, slab))
+        largest = max(
+            largest, float(_on(layer, slab.delta, x if looked_up else _wide(x), slab).abs().max())
+        )
+        through, roundings = max(through, slab.through), max(roundings, slab.roundings)
+        terms = 1 if looked_up else slab.base.shape[-1]
+    carried, whole = torch.cat(low, -1), torch.cat(every, -1)  # a convolution comes in one piece
+    if isinstance(layer, LoRAWrapper) and layer.bias is not None:
+        whole = whole + layer.channels(_wide(layer.bias).abs())
+    total = whole + carried
     result = _wide(unmerged).abs() + _wide(merged).abs()
-    through_b = factors.scale * factors.B.sum(1)
-    row_sum = Factors(factors.A, torch.ones_like(factors.B[:1]), factors.scale)
-    lengths = 1.0 if looked_up else sizes.sum(1, keepdim=True)
-    underflow = smallest(dtype) * ((1 + lengths) * (1 + through_b) + _on(row_sum, sizes) + 4)
-    whole = (2 * u + 3 * gamma(n + factors.r + 4, summed)) * every + 4 * u * low + u * result
-    return (1.01 + 8 * u) * whole + underflow
+    length = 1.0 if looked_up else float(sizes.abs().max()) * terms
+    underflow = smallest(dtype) * (2 + length) * (2 + through) * 2
+    sums = 3 * gamma(terms + roundings + 2, summed)
+    plain = (2 * u + sums) * total + 4 * u * carried + u * result
+    return (1.01 + 8 * u) * plain + underflow, largest
 
 
 def smallest(dtype: torch.dtype) -> float:
@@ -196,40 +215,14 @@ def smallest(dtype: torch.dtype) -> float:
     return numbers.smallest_normal * (numbers.eps if dtype is torch.float16 else 1)
 
 
-def _base_magnitude(layer: LoRALayer, sizes: Tensor) -> Tensor:
-    """|W0| |x| + |bias|, (N, out) in float64."""
-    base = weight_of(layer.base_layer)
+def _on(layer: LoRALayer, matrix: Tensor, x: Tensor, slab: Slab) -> Tensor:
+    """The layer's linear function with another weight, given as rows of its matrix."""
     if isinstance(layer, LoRAEmbedding):
-        return _wide(base[sizes]).abs()
-    parts = [sizes @ _matrix(layer, base, rows).abs().T for rows in blocks(layer)]
-    bias = dict(layer.base_layer.named_parameters(recurse=False)).get("bias")
-    product = torch.cat(parts, dim=1)
-    return product if bias is None else product + _wide(bias).abs()
-
-
-def _matrix(layer: LoRALayer, weight: Tensor, rows: slice) -> Tensor:
-    """Some rows of a stored weight as (out, in), in float64."""
-    return _wide((weight.T if layer.transposed else weight)[rows])
-
-
-def _on(factors: Factors, x: Tensor) -> Tensor:
-    """δ x (N, out) for rows x (N, in), or the columns of δ for ids x (N,)."""
-    if x.is_floating_point():
-        return factors.apply(_wide(x))
-    return Factors(factors.A[:, x.to(factors.A.device)], factors.B, factors.scale).delta().T
-
-
-def _some(factors: Factors, rows: slice) -> Factors:
-    return Factors(factors.A, factors.B[rows], factors.scale)
-
-
-def _magnitude(factors: Factors) -> Factors:
-    return Factors(factors.A.abs(), factors.B.abs(), factors.scale)
-
-
-def _wide_factors(layer: LoRALayer) -> Factors:
-    factors = layer.factors()
-    return Factors(_wide(factors.A), _wide(factors.B), factors.scale)
+        return matrix.T[x.to(matrix.device)]
+    if isinstance(layer, LoRAConv):
+        weight = matrix.view(layer.base_layer.weight.shape)
+        return layer.base_layer._conv_forward(x, weight, None)  # type: ignore[operator]
+    return F.linear(x, matrix.flatten(0, -2) if slab.bank else matrix)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -238,10 +231,17 @@ def _wide(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
-def _drawn(layer: LoRALayer) -> Tensor:
-    """Probe rows for a layer that the probe did not pass through: N(0, 1), or ids at random."""
+def _drawn(layer: LoRALayer, parameter: str) -> Tensor:
+    """Probe inputs for a layer that the probe did not pass through: N(0, 1), or ids at random."""
     generator = torch.Generator().manual_seed(0)
-    weight, in_features = weight_of(layer.base_layer), layer.lora_A.shape[1]
+    weight = layer.base_weight(parameter)
+    layout = layer.changes(parameter)[0].layout
     if isinstance(layer, LoRAEmbedding):
-        return torch.randint(in_features, (DRAWN,), generator=generator).to(weight.device)
-    return torch.randn(DRAWN, in_features, generator=generator).to(weight.device, weight.dtype)
+        return torch.randint(layout.in_features, (DRAWN,), generator=generator).to(weight.device)
+    size: tuple[int, ...] = (DRAWN, layout.in_features)
+    if isinstance(layer, LoRAConv):
+        conv = layer.base_layer
+        fill = [0] * len(conv.kernel_size) if isinstance(conv.padding, str) else conv.padding
+        sides = zip(conv.kernel_size, conv.dilation, fill, strict=True)
+        size = (2, conv.in_channels, *(2 * d * (k - 1) + p + 2 for k, d, p in sides))
+    return torch.randn(size, generator=generator).to(weight.device, weight.dtype)

@@ -1,0 +1,49 @@
+"""attach and detach on any nn.Module: what is put in, what trains, what acts, and the way back."""
+
+from rankwise.attaching.plans import Addition, Method, Placement, Plan
+from rankwise.attaching.records import (
+    Attachment,
+    adapted_sites,
+    attached,
+    attachment,
+    attachments,
+    forget,
+    kept_layers,
+    lora_layers,
+    low_rank_updates,
+    note_kept,
+    note_method,
+    trained_copies,
+    unmerged,
+    updates_of,
+)
+from rankwise.attaching.switching import base, set_active, set_trainable, using
+from rankwise.attaching.verbs import attach, detach, rehearse
+
+__all__ = [
+    "Addition",
+    "Attachment",
+    "Method",
+    "Placement",
+    "Plan",
+    "adapted_sites",
+    "attach",
+    "attached",
+    "attachment",
+    "attachments",
+    "base",
+    "detach",
+    "forget",
+    "kept_layers",
+    "lora_layers",
+    "low_rank_updates",
+    "note_kept",
+    "note_method",
+    "rehearse",
+    "set_active",
+    "set_trainable",
+    "trained_copies",
+    "unmerged",
+    "updates_of",
+    "using",
+]

@@ -1,0 +1,83 @@
+"""A frozen layer plus δ: what can be adapted, the layers that do it, and what trains in them."""
+
+from rankwise.layers.bottleneck import Activation, Network, network
+from rankwise.layers.build import adapt, bare, drop_updates, low_rank, offset, token_rows, wrap
+from rankwise.layers.frozen import dense_weight, is_quantized, quantization, rounds_inputs
+from rankwise.layers.host import LoRAHost, released
+from rankwise.layers.layer import (
+    LoRAConv,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    LoRAWrapper,
+    has_bias,
+)
+from rankwise.layers.layout import (
+    Layout,
+    Split,
+    is_conv1d,
+    is_wrapped,
+    layout_of,
+    layouts,
+    refusal,
+    shape_of,
+)
+from rankwise.layers.prefix import FreePrefix, GrownPrefix, Prefix, Trunk
+from rankwise.layers.spec import Spec, Switch
+from rankwise.layers.update import (
+    Change,
+    LowRank,
+    Offset,
+    Shared,
+    TokenRows,
+    Update,
+    place_of,
+    wide_dtype,
+)
+
+__all__ = [
+    "Activation",
+    "Change",
+    "FreePrefix",
+    "GrownPrefix",
+    "Layout",
+    "LoRAConv",
+    "LoRAEmbedding",
+    "LoRAHost",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAWrapper",
+    "LowRank",
+    "Network",
+    "Offset",
+    "Prefix",
+    "Shared",
+    "Spec",
+    "Split",
+    "Switch",
+    "TokenRows",
+    "Trunk",
+    "Update",
+    "adapt",
+    "bare",
+    "dense_weight",
+    "drop_updates",
+    "has_bias",
+    "is_conv1d",
+    "is_quantized",
+    "is_wrapped",
+    "layout_of",
+    "layouts",
+    "low_rank",
+    "network",
+    "offset",
+    "place_of",
+    "quantization",
+    "refusal",
+    "released",
+    "rounds_inputs",
+    "shape_of",
+    "token_rows",
+    "wide_dtype",
+    "wrap",
+]

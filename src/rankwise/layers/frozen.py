@@ -1,0 +1,87 @@
+"""Frozen quantised layers: what they are, and the dense weight that their numbers stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["dense_weight", "is_quantized", "logical_shape", "quantization", "rounds_inputs"]
+
+TORCHAO = "torchao"
+_BITSANDBYTES = {
+    "Linear4bit": "bitsandbytes 4-bit",
+    "LinearFP4": "bitsandbytes 4-bit",
+    "LinearNF4": "bitsandbytes 4-bit",
+    "Linear8bitLt": "bitsandbytes 8-bit",
+}
+
+
+def quantization(module: nn.Module) -> str | None:
+    """What kind of quantised layer this is, in words, or None for a plain one.
+
+    Told by where the classes come from, without importing any of the packages: bitsandbytes'
+    layers, and an nn.Linear whose weight is one of torchao's tensors.
+    """
+    if not isinstance(module, nn.Linear):
+        return None
+    kind = type(module)
+    if kind.__module__.startswith("bitsandbytes."):
+        return _BITSANDBYTES.get(kind.__name__)
+    weight = type(dict(module.named_parameters(recurse=False)).get("weight"))
+    if weight is nn.Parameter:  # asked first: torch.compile cannot read its __module__
+        return None
+    return f"torchao {weight.__name__}" if weight.__module__.startswith(TORCHAO) else None
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the weight is stored in fewer bits than it stands for."""
+    return quantization(module) is not None
+
+
+def rounds_inputs(module: nn.Module) -> bool:
+    """Whether the layer also rounds its inputs, so that no plain weight has its function."""
+    return quantization(module) == "bitsandbytes 8-bit"
+
+
+def logical_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of the weight, of a packed one as it would be stored plainly."""
+    if isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features)
+    weight = module.weight
+    if not isinstance(weight, Tensor):  # pragma: no cover - excluded by refusal()
+        raise TypeError(f"{type(module).__name__}.weight is not a tensor")
+    return tuple(weight.shape)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer as a plain dense tensor, detached; a quantised one is written out.
+
+    A quantised weight comes in the dtype in which its layer computes. Nothing is kept, so every
+    call of a quantised layer costs one pass over it.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor):  # pragma: no cover - excluded by refusal()
+        raise TypeError(f"{type(module).__name__}.weight is not a tensor")
+    kind = quantization(module)
+    if kind is None:
+        return weight.detach()
+    if kind.startswith(TORCHAO):
+        return weight.detach().dequantize()
+    return _bitsandbytes_weight(module, weight, kind)
+
+
+def _bitsandbytes_weight(module: nn.Module, weight: Tensor, kind: str) -> Tensor:
+    from bitsandbytes import functional  # the layer exists, so the package is there
+
+    if kind == "bitsandbytes 4-bit":
+        state = weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+        if state is None:
+            return weight.detach()  # not packed yet: that happens on the way to a device
+        return functional.dequantize_4bit(weight.detach(), state)
+    if weight.dtype is not torch.int8:
+        return weight.detach()
+    scales = weight.SCB  # pyright: ignore[reportAttributeAccessIssue]
+    if scales is None:  # the first forward moves them from the weight to the layer's state
+        scales = module.state.SCB  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(scales, Tensor)
+    return functional.int8_vectorwise_dequant(weight.detach(), scales)

@@ -1,0 +1,256 @@
+"""A frozen layer plus its updates: LoRALinear, LoRAEmbedding, LoRAConv; .weight tells the truth."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+
+from rankwise.errors import UserError
+from rankwise.kernels import (
+    add_delta_embedding,
+    add_delta_linear,
+    branch_embedding,
+    branch_linear,
+)
+from rankwise.layers.frozen import dense_weight, is_quantized
+from rankwise.layers.layout import layout_of
+from rankwise.layers.update import Change, LowRank, Update, wide_dtype
+
+__all__ = [
+    "LoRAConv",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAWrapper",
+    "has_bias",
+]
+
+
+class LoRALayer(nn.Module, ABC):
+    """A frozen layer and the trained updates beside it: y = base(x) + Σ δ_i(x).
+
+    ``base_layer`` is the untouched original module and ``updates`` the changes of its parameters,
+    by the name of the adapter they belong to (:class:`Update`); those whose adapter is switched on
+    add up. Owners that never call ``forward`` but read ``.weight``, as nn.MultiheadAttention and
+    the fast path of nn.TransformerEncoderLayer do, get W0 + Σ δ_i, differentiable.
+
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; docs/math.md (1).
+    """
+
+    base_layer: nn.Module
+    updates: nn.ModuleDict
+    lookup = False  # whether the input is row numbers
+
+    def live(self) -> list[Update]:
+        """The updates whose adapter is switched on, in the order they were attached."""
+        return [u for u in self.updates.values() if isinstance(u, Update) and u.switch.on]
+
+    def changes(self, parameter: str) -> list[Change]:
+        """The live changes of one parameter of the base."""
+        live = (u for u in self.live() if isinstance(u, Change))
+        return [u for u in live if u.layout.parameter == parameter]
+
+    @property
+    def update(self) -> LowRank:
+        """The one low-rank update of this layer.
+
+        Raises:
+            UserError: there is none, or there are several; ``updates`` has them by name.
+        """
+        found = [u for u in self.updates.values() if isinstance(u, LowRank)]
+        if len(found) != 1:
+            raise UserError(
+                f"This layer has {len(found)} low-rank updates ({', '.join(self.updates)}); name "
+                "one: layer.updates[name]."
+            )
+        return found[0]
+
+    def stored_weight(self, parameter: str) -> Tensor:
+        """A parameter of the base as it is stored, frozen."""
+        found = dict(self.base_layer.named_parameters(recurse=False)).get(parameter)
+        return getattr(self.base_layer, parameter) if found is None else found
+
+    def base_weight(self, parameter: str) -> Tensor:
+        """A parameter of the base as a dense tensor, detached; of a quantised one what it means."""
+        if parameter == "weight":
+            return dense_weight(self.base_layer)
+        return self.stored_weight(parameter).detach()
+
+    def effective(self, parameter: str) -> Tensor:
+        """A parameter in force: W0 + Σ δ_i in the base's own layout, rounded once to its dtype."""
+        changes = self.changes(parameter)
+        if not changes and not is_quantized(self.base_layer):
+            return self.stored_weight(parameter)
+        base = self.base_weight(parameter)
+        wide = base.to(wide_dtype(base))
+        if base.ndim == 1:
+            total = wide
+            for update in changes:
+                total = total + update.dense(self)
+            return total.to(base.dtype)
+        if not changes:
+            return base
+        layout = changes[0].layout
+        matrix = layout.matrix(wide)
+        for update in changes:
+            delta = update.dense(self).to(wide.dtype)  # autocast may have lowered it
+            part = update.rows if isinstance(update, LowRank) else None
+            matrix = matrix + delta if part is None else part.add(matrix, delta, -2)
+        return layout.stored(matrix).to(base.dtype)
+
+    def adapted(self) -> list[str]:
+        """The parameters of the base that have a live change."""
+        live = (u for u in self.live() if isinstance(u, Change))
+        return list(dict.fromkeys(u.layout.parameter for u in live))
+
+    @abstractmethod
+    def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """B A x in the layer's own geometry, for A (r, in) and B (out, r)."""
+
+    def add_branch(
+        self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        """y + s · B A D(x), with dropout of this probability on x."""
+        x = F.dropout(x, dropout) if dropout > 0 else x
+        return y + (self.branch(x, A, B) * scale).to(y.dtype)
+
+    def channels(self, values: Tensor) -> Tensor:
+        """One value for each output (out,), in a shape that spreads over the layer's outputs."""
+        return values
+
+    def without_bias(self, plain: Tensor) -> Tensor:
+        """What the frozen layer gave, less its bias."""
+        bias = getattr(self.base_layer, "bias", None)  # which may be computed from other tensors
+        if not isinstance(bias, Tensor):
+            return plain
+        return plain - self.channels(bias.detach()).to(plain.dtype)
+
+
+class LoRAWrapper(LoRALayer, ABC):
+    """A layer around another one, in whose place it hangs."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.updates = nn.ModuleDict()
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in force, W0 + Σ δ_i, in the base's own orientation."""
+        return self.effective("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias in force, or None."""
+        if has_bias(self.base_layer):
+            return self.effective("bias")
+        offsets = [u.dense(self) for u in self.changes("bias")]
+        return torch.stack(offsets).sum(0) if offsets else None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, used by keyword
+        plain = self.base_layer(input)
+        y = plain
+        for update in self.live():
+            y = update.add(y, input, plain, self)
+        return y
+
+
+class LoRALinear(LoRAWrapper):
+    """nn.Linear, a quantised one, or transformers' Conv1D: y = base(x) + Σ s · D(x) Aᵀ Bᵀ.
+
+    Shapes: x (..., in), y (..., out), A (r, in), B (out, r). A starts random, B zero, unless the
+    start is another. The weight of nn.Linear is (out, in); Conv1D stores (in, out).
+    """
+
+    @property
+    def in_features(self) -> int:
+        return layout_of(self.base_layer).in_features
+
+    @property
+    def out_features(self) -> int:
+        return layout_of(self.base_layer).out_features
+
+    def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return branch_linear(x, A, B)
+
+    def add_branch(
+        self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        return add_delta_linear(y, x, A, B, scale, dropout)
+
+
+class LoRAEmbedding(LoRAWrapper):
+    """nn.Embedding with updates: y = base(ids) + Σ s · Aᵀ[ids] Bᵀ.
+
+    Shapes: ids (...), y (..., dim), A (r, num), B (dim, r); the weight is (num, dim). A starts
+    zero and B random, so that only rows of ids that occur change. There is no dropout: the input
+    is a row number.
+    """
+
+    base_layer: nn.Embedding
+    lookup = True
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.base_layer.padding_idx
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.base_layer.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.base_layer.embedding_dim
+
+    def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return branch_embedding(x, A, B, self.base_layer.weight.dtype, self.padding_idx)
+
+    def add_branch(
+        self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        return add_delta_embedding(y, x, A, B, scale, self.padding_idx)
+
+
+class LoRAConv(LoRAWrapper):
+    """nn.Conv1d, Conv2d or Conv3d in every geometry: y = base(x) + Σ s · B (A ∗ D(x)).
+
+    The weight (out, in/groups, ∏k) is read as a matrix with one row for each output, so A is
+    (r, in/groups · ∏k) and B (out, r): δ has the shape of the weight and merges into it, whatever
+    the groups. A is run as a convolution with the layer's own stride, padding, dilation and
+    padding_mode, once for each group, and B as a convolution of size 1.
+    """
+
+    base_layer: _ConvNd
+
+    # What owners read of a convolution to know the length of its output.
+    stride = property(lambda self: self.base_layer.stride)
+    padding = property(lambda self: self.base_layer.padding)
+    dilation = property(lambda self: self.base_layer.dilation)
+    groups = property(lambda self: self.base_layer.groups)
+    kernel_size = property(lambda self: self.base_layer.kernel_size)
+    in_channels = property(lambda self: self.base_layer.in_channels)
+    out_channels = property(lambda self: self.base_layer.out_channels)
+
+    def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        conv, r = self.base_layer, A.shape[0]
+        ones = (1,) * len(conv.kernel_size)
+        down = A.to(x.dtype).view(r, *conv.weight.shape[1:]).repeat(conv.groups, 1, *ones)
+        up = B.to(x.dtype).view(conv.out_channels, r, *ones)
+        narrow = conv._conv_forward(x, down, None)  # type: ignore[operator]
+        return _CONVOLVE[len(ones)](narrow, up, None, 1, 0, 1, conv.groups)
+
+    def channels(self, values: Tensor) -> Tensor:
+        return values.view(-1, *(1,) * len(self.base_layer.kernel_size))
+
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a module has a bias, be it a parameter or computed from one."""
+    return isinstance(getattr(module, "bias", None), Tensor)

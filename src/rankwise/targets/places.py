@@ -1,0 +1,147 @@
+"""Where modules and weights are in a model: sites, targets, and weights that are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from rankwise.errors import UserError
+from rankwise.layers import Layout, LoRAHost, LoRALayer, Split, bare, is_conv1d, layouts
+from rankwise.targets.patterns import first_match
+
+__all__ = ["Site", "Target", "shared_weights", "sites", "targets_of"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module of a model and every place that holds it.
+
+    Attributes:
+        name: its first dotted name from ``model.named_modules()``.
+        module: the module itself, an adapted layer where there is one.
+        places: the dotted name of every place where this same object hangs.
+        root: the model.
+    """
+
+    name: str
+    module: nn.Module
+    places: tuple[str, ...]
+    root: nn.Module = field(repr=False)
+
+    @property
+    def base(self) -> nn.Module:
+        """The base's own module, also where an adapted layer stands for it."""
+        return bare(self.module)
+
+    def owners(self) -> Iterator[tuple[nn.Module, str]]:
+        """The parent and the attribute of every place, as the model is now."""
+        for place in self.places:
+            parent, _, attribute = place.rpartition(".")
+            yield self.root.get_submodule(parent), attribute
+
+    def put(self, module: nn.Module) -> None:
+        """Hang another module in every place of this one."""
+        for parent, attribute in self.owners():
+            setattr(parent, attribute, module)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that can be adapted: a module, a part of one, or a parameter of one.
+
+    Attributes:
+        site: the module that holds it.
+        layout: which parameter of the module, and which rows of it.
+    """
+
+    site: Site
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        """The module's name, and behind it the part's or the parameter's where it is not all."""
+        return self.site.name + self.layout.suffix
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Every module below ``model`` by its first name, with all the places that hold it.
+
+    What lies inside a layer around another module is not listed: the layer stands for it. Of a
+    module that is adapted by its parameters the submodules are listed.
+    """
+    named: dict[int, tuple[str, nn.Module]] = {}
+    places: dict[int, list[str]] = {}
+    inside: list[str] = []
+    parents: dict[str, nn.Module] = {}
+    hung: set[tuple[int, str]] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        parents[name] = module
+        if inside and name.startswith(tuple(inside)):
+            continue
+        if isinstance(module, LoRALayer):
+            inside.append(f"{name}.updates" if isinstance(module, LoRAHost) else f"{name}.")
+        parent, _, attribute = name.rpartition(".")
+        place = (id(parents[parent]), attribute)
+        if name and place not in hung:
+            hung.add(place)
+            named.setdefault(id(module), (name, module))
+            places.setdefault(id(module), []).append(name)
+    return {
+        name: Site(name, module, tuple(places[key]), model) for key, (name, module) in named.items()
+    }
+
+
+def targets_of(model: nn.Module, split: Mapping[str, Split] | None = None) -> dict[str, Target]:
+    """Every weight of a model that can be named, whether it can be adapted or not.
+
+    ``split`` says by pattern which fused projections have parts.
+
+    Raises:
+        UserError: a pattern of ``split`` means no Linear or Conv1D, or does not fit.
+    """
+    split = split or {}
+    unused = set(split)
+    found: dict[str, Target] = {}
+    for name, site in sites(model).items():
+        module = site.base
+        key = None
+        if split and (isinstance(module, nn.Linear) or is_conv1d(module)):
+            key = first_match(split, name)
+            unused.discard(key or "")
+        for layout in layouts(module, split[key] if key is not None else None).values():
+            target = Target(site, layout)
+            found.setdefault(target.name, target)
+    if unused:
+        raise UserError(
+            f"split: {', '.join(map(repr, sorted(unused)))} means no Linear or Conv1D of this "
+            "model."
+        )
+    return found
+
+
+def shared_weights(model: nn.Module) -> list[tuple[str, ...]]:
+    """Groups of parameter names that share one storage, such as a tied embedding and output layer.
+
+    Told by storage, not by name: the same Parameter object, or two that start at the same address.
+    The names are those of the base, also where it carries adapters.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    wrapped = [
+        n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALayer)
+    ]
+    updates = tuple(f"{name}.updates." for name in wrapped)
+    around = tuple(f"{name}.base_layer." for name in wrapped)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if updates and name.startswith(updates):
+            continue
+        plain = name.replace("base_layer.", "", 1) if around and name.startswith(around) else name
+        groups.setdefault(_storage(parameter), []).append(plain)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def _storage(tensor: Tensor) -> tuple[object, ...]:
+    if tensor.is_meta or tensor.numel() == 0:
+        return ("object", id(tensor))
+    return (tensor.device, tensor.data_ptr())
