@@ -72,7 +72,9 @@ def same_weights(ours: nn.Module, theirs: nn.Module) -> None:
     layers = lora_layers(ours)
     assert set(pairs) == set(layers)
     for name, layer in layers.items():
-        for mine, other in zip((layer.lora_A, layer.lora_B), pairs[name], strict=True):
+        for mine, other in zip(
+            (layer.update.lora_A, layer.update.lora_B), pairs[name], strict=True
+        ):
             assert mine.shape == other.shape
             with torch.no_grad():
                 other.normal_(std=0.3)
@@ -108,12 +110,12 @@ def test_float32_outputs_and_all_gradients_are_those_of_peft(kind: str, stabiliz
     )
     same_weights(ours, theirs)
     [layer] = lora_layers(ours).values()
-    assert layer.scale == pytest.approx(ALPHA / (math.sqrt(R) if stabilized else R))
+    assert layer.update.scale == pytest.approx(ALPHA / (math.sqrt(R) if stabilized else R))
     x, v = inputs(layer.base_layer, torch.float32), torch.randn(3, 7, 40)
     (y, dx), (peft_y, peft_dx) = outcome(ours, x, v), outcome(theirs, x, v)
     [(peft_A, peft_B)] = halves(theirs).values()
     assert relative(y, peft_y) < 1e-6
-    for mine, other in ((layer.lora_A, peft_A), (layer.lora_B, peft_B)):
+    for mine, other in ((layer.update.lora_A, peft_A), (layer.update.lora_B, peft_B)):
         assert mine.grad is not None
         assert other.grad is not None
         assert relative(mine.grad, other.grad) < 1e-6
@@ -142,10 +144,10 @@ def test_on_a_bfloat16_base_both_are_as_near_to_the_exact_result(kind: str, auto
     same_weights(ours, theirs)
     [layer], [truth] = lora_layers(ours).values(), lora_layers(exact).values()
     with torch.no_grad():
-        truth.lora_A.copy_(layer.lora_A)
-        truth.lora_B.copy_(layer.lora_B)
+        truth.update.lora_A.copy_(layer.update.lora_A)
+        truth.update.lora_B.copy_(layer.update.lora_B)
     [(peft_A, peft_B)] = halves(theirs).values()
-    assert layer.lora_A.dtype == torch.float32
+    assert layer.update.lora_A.dtype == torch.float32
     assert peft_A.dtype == (torch.float32 if autocast else torch.bfloat16)
     x, v = inputs(layer.base_layer, torch.bfloat16), torch.randn(3, 7, 40).bfloat16().float()
     wide = x if x.dtype == torch.int64 else x.detach().double().requires_grad_()
@@ -156,8 +158,8 @@ def test_on_a_bfloat16_base_both_are_as_near_to_the_exact_result(kind: str, auto
     assert y.dtype == peft_y.dtype == torch.bfloat16
     compared = [
         (y, peft_y, true_y),
-        (layer.lora_A.grad, peft_A.grad, truth.lora_A.grad),
-        (layer.lora_B.grad, peft_B.grad, truth.lora_B.grad),
+        (layer.update.lora_A.grad, peft_A.grad, truth.update.lora_A.grad),
+        (layer.update.lora_B.grad, peft_B.grad, truth.update.lora_B.grad),
     ]
     if kind != "embedding":
         compared.append((dx, peft_dx, true_dx))
@@ -195,7 +197,7 @@ def test_rank_and_alpha_patterns_are_those_of_peft(stabilized: bool):
     )
     rw.attach(base, method)
     same_weights(base, theirs)
-    assert {n: layer.lora_A.shape[0] for n, layer in lora_layers(base).items()} == {
+    assert {n: layer.update.lora_A.shape[0] for n, layer in lora_layers(base).items()} == {
         "blocks.0.query": 4,
         "blocks.0.value": 2,
         "blocks.1.query": 4,
@@ -256,6 +258,32 @@ def test_attention_keeps_the_update_of_its_output_projection_here_and_loses_it_t
     assert effect(ours, lambda: ours.layer(x, x, x)[0]) > 0.05
 
 
+def test_the_output_projection_of_an_attention_gets_its_update_twice_there():
+    """So the file of such an update is read doubled and written halved (io/peft_fused.py)."""
+    ours = One(nn.MultiheadAttention(16, 2, batch_first=True)).eval()
+    theirs = with_peft(ours, target_modules=["layer"]).eval()
+    pairs = {name: (A.normal_(), B.normal_()) for name, (A, B) in no_grad(halves(theirs)).items()}
+    x = torch.randn(2, 5, 16)
+    inner = theirs.get_submodule("base_model.model.layer")
+    found = inner(x, x, x, need_weights=False)[0]
+    outcomes: dict[int, float] = {}
+    for times in (1, 2):
+        plain = copy.deepcopy(ours.layer)
+        with torch.no_grad():
+            (A, B), (out_A, out_B) = pairs["layer"], pairs["layer.base_layer.out_proj"]
+            plain.in_proj_weight += ALPHA / R * B @ A
+            plain.out_proj.weight += times * ALPHA / R * out_B @ out_A
+        outcomes[times] = relative(plain(x, x, x, need_weights=False)[0], found)
+    assert outcomes[2] < 1e-5
+    assert outcomes[1] > 0.1
+
+
+def no_grad(
+    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (A.data, B.data) for name, (A, B) in pairs.items()}
+
+
 class Shared(nn.Module):
     """Query, key and value on one input."""
 
@@ -314,8 +342,8 @@ def test_the_start_of_an_embedding_and_of_a_linear_is_that_of_peft():
         rw.attach(base, rw.LoRA(r=R, target_modules=["layer"], head="freeze"))
         [layer] = [m for m in base.modules() if isinstance(m, LoRALayer)]
         assert (bool(A.any()), bool(B.any())) == (
-            bool(layer.lora_A.any()),
-            bool(layer.lora_B.any()),
+            bool(layer.update.lora_A.any()),
+            bool(layer.update.lora_B.any()),
         )
-        drawn, expected = (layer.lora_A, A) if A.any() else (layer.lora_B, B)
+        drawn, expected = (layer.update.lora_A, A) if A.any() else (layer.update.lora_B, B)
         assert drawn.std().item() == pytest.approx(expected.std().item(), rel=0.25)

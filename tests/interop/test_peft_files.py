@@ -1,6 +1,5 @@
 """Adapter files between Rankwise and PEFT, both ways: the same logits from the same folder."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -98,7 +97,7 @@ def randomise(model: nn.Module) -> None:
 
 
 def close(first: Tensor, second: Tensor) -> None:
-    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert (first - second).abs().max() <= 2e-6 * max(1.0, second.abs().max().item())
 
 
 def lora(*targets: str, r: int = 4, **options) -> rw.LoRA:
@@ -266,24 +265,23 @@ def test_an_embedding_weight_in_the_file_is_compared_with_the_base(tmp_path: Pat
 
 
 REFUSED = {
-    "dora": ({"use_dora": True}, "use_dora is on: DoRA keeps a magnitude"),
     "pissa": ({"init_lora_weights": "pissa"}, "this start changed the base's own weights"),
     "olora": ({"init_lora_weights": "olora"}, "this start changed the base's own weights"),
-    "bias": ({"bias": "lora_only"}, "trained biases are not supported yet"),
-    "bias on B": ({"lora_bias": True}, "lora_bias is on"),
-    "tokens": (
-        {"trainable_token_indices": {"word_embeddings": [1, 2]}},
-        "single rows of an embedding are trained",
-    ),
+    "kasa": ({"kasa_config": peft.KasaConfig()}, "KaSA takes a part .* Merge it with PEFT"),
+    "velora": ({"velora_config": peft.VeloraConfig(num_groups=4)}, "VeLoRA adds tensors"),
+    "monteclora": ({"monteclora_config": peft.MontecloraConfig()}, "MonteCLoRA adds samplers"),
+    "layers": ({"layer_replication": [[0, 2], [0, 2]]}, "Build that base first, save it"),
+    "activated": ({"alora_invocation_tokens": [1, 2]}, "acts on a part of each text only"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_plain_lora_cannot_express_is_refused_with_the_reason(tmp_path: Path, case: str):
+def test_what_rankwise_has_no_layer_for_is_refused_with_the_reason(tmp_path: Path, case: str):
     options, message = REFUSED[case]
-    their_folder(bert, {"target_modules": ["query"], **options}, tmp_path)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    peft.get_peft_model(make(llama), config).save_pretrained(tmp_path)
     with pytest.raises(ArtifactError, match=message):
-        load_adapter(make(bert), tmp_path)
+        load_adapter(make(llama), tmp_path)
 
 
 def test_another_method_of_peft_is_refused(tmp_path: Path):
@@ -291,15 +289,6 @@ def test_another_method_of_peft_is_refused(tmp_path: Path):
     peft.get_peft_model(make(llama), config).save_pretrained(tmp_path)
     with pytest.raises(ArtifactError, match=r'peft_type is "IA3", and \'LORA\' is needed'):
         load_adapter(make(llama), tmp_path)
-
-
-def test_a_convolution_is_refused(tmp_path: Path):
-    base = nn.Sequential(nn.Conv2d(3, 4, 3))
-    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["0"])).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ArtifactError, match="'0' cannot be adapted: Conv2d is not one of Linear"):
-        load_adapter(base, tmp_path)
 
 
 def test_the_configuration_holds_what_readers_ask_for(tmp_path: Path):

@@ -1,5 +1,6 @@
 """One door for every method: where it saves, what it replaces, what it finds."""
 
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 
 import rankwise as rw
 from rankwise.errors import ArtifactError, UserError
+from rankwise.inits import PiSSA
 from rankwise.io.adapters import load_adapter, save_adapter
+from rankwise.methods.combining import SVD, combine
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -63,9 +66,69 @@ def test_a_bare_or_merged_model_has_nothing_to_save(tmp_path: Path, base):
         save_adapter(base(), tmp_path / "a")
 
 
-def test_a_model_carries_one_adapter(saved: Path, trained):
-    with pytest.raises(UserError, match="carries an adapter already"):
+def test_a_name_is_given_once(saved: Path, trained):
+    with pytest.raises(UserError, match="carries an adapter already, and it is named 'default'"):
         load_adapter(trained(), saved)
+
+
+def test_several_adapters_are_loaded_and_saved_by_name(saved: Path, trained, base, ids, tmp_path):
+    other = rw.LoRA(r=3, target_modules=["fc", "embed"], bias="adapted", head="freeze")
+    second = save_adapter(trained(other), tmp_path / "second")
+    load_adapter(model := base(), saved, name="one")
+    load_adapter(model, second, name="two")
+    assert list(rw.attachments(model)) == ["one", "two"]
+    with pytest.raises(UserError, match="several adapters; name one of one, two"):
+        save_adapter(model, tmp_path / "a")
+    for name, folder in (("one", saved), ("two", second)):
+        assert content(save_adapter(model, tmp_path / name, name=name)) == content(folder)
+    rw.set_active(model, "two")
+    assert torch.equal(model.eval()(ids), trained(other)(ids))
+
+
+def test_heads_are_saved_and_loaded_by_name(trained, base, ids, tmp_path: Path):
+    folder = save_adapter(trained(rw.HeadOnly()), tmp_path / "head")
+    load_adapter(model := base(), folder, name="one")
+    before = {k: t.clone() for k, t in model.head.state_dict().items()}
+    load_adapter(model, folder, name="two")
+    assert not rw.attachments(model)["two"].active
+    assert all(torch.equal(t, before[k]) for k, t in model.head.state_dict().items())
+    rw.attachments(model)["two"].copies["head"].bias.data += 1
+    assert content(save_adapter(model, tmp_path / "one", name="one")) == content(folder)
+    assert content(save_adapter(model, tmp_path / "two", name="two")) != content(folder)
+    rw.detach(model)
+    assert torch.equal(model.eval()(ids), base().eval()(ids))
+
+
+def test_an_adapter_that_is_not_on_the_model_is_saved(trained, base, ids, tmp_path: Path):
+    """A start of rank 4 is a pair of rank 8; cut to 4 again, with the error told."""
+    model = trained(rw.LoRA(r=4, target_modules=["query"], init=PiSSA(), head="train"))
+    cut = combine([rw.adapter_of(model)], how=SVD(r=4))
+    assert 0 < cut.error < 1
+    folder = save_adapter(base(), tmp_path / "a", adapter=cut.adapter)
+    load_adapter(again := base(), folder)
+    rw.attach(expected := base(), cut.adapter)
+    assert torch.equal(again.eval()(ids), expected.eval()(ids))
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    assert (config["r"], config["init_lora_weights"]) == (4, True)
+    with pytest.raises(UserError, match="not both"):
+        save_adapter(model, tmp_path / "b", name="default", adapter=cut.adapter)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", "a\0b", "C:x", "", "a.b"])
+def test_a_name_is_no_path(saved: Path, base, name: str):
+    model = base()
+    with pytest.raises(UserError, match="An adapter's name has letters, digits"):
+        load_adapter(model, saved, name=name)
+    assert [type(m) for m in model.modules()] == [type(m) for m in base().modules()]
+
+
+def test_a_merged_model_takes_no_adapter(saved: Path, trained, tmp_path: Path):
+    model = trained()
+    rw.merge(model)
+    with pytest.raises(UserError, match=r"is merged; call rankwise\.unmerge"):
+        load_adapter(model, saved, name="two")
+    with pytest.raises(UserError, match="is merged"):
+        save_adapter(model, tmp_path / "a")
 
 
 def test_the_one_adapter_in_a_folder_is_found(saved: Path, base, tmp_path: Path):

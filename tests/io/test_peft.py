@@ -8,12 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import peft_models
 import rankwise as rw
 from rankwise.errors import ArtifactError, UserError
+from rankwise.inits import PiSSA
 from rankwise.io.adapters import load_adapter, save_adapter
 from rankwise.io.base import base_of
 from rankwise.io.peft import peft_config, read_peft, write_peft
 from rankwise.methods.adapter import Adapter, adapter_of
+from zoo import EVERYTHING, IDS, Zoo
 
 METHODS = {
     "plain": rw.LoRA(r=2, target_modules=["query"], head="train"),
@@ -56,21 +59,21 @@ def same(first: Adapter, second: Adapter) -> None:
 def test_what_is_written_is_read_again(tmp_path: Path, base, trained, ids, case: str):
     model = trained(METHODS[case])
     before = adapter_of(model)
-    write_peft(before, tmp_path / "a", base_of(model, before.factors, before.modules))
+    write_peft(before, tmp_path / "a", base_of(model, before))
     after = read_peft(tmp_path / "a", base())
     same(before, after)
     again = base().eval()
     rw.attach(again, after)
     assert torch.equal(again.eval()(ids), model(ids))
     second = adapter_of(again)
-    write_peft(second, tmp_path / "b", base_of(again, second.factors, second.modules))
+    write_peft(second, tmp_path / "b", base_of(again, second))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_the_configuration_says_everything(trained):
     adapter = adapter_of(model := trained(METHODS["patterns"]))
-    assert peft_config(adapter, base_of(model, adapter.factors, name="tiny"), revision="main") == {
+    assert peft_config(adapter, base_of(model, adapter, name="tiny"), revision="main") == {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": "tiny",
@@ -108,7 +111,7 @@ def test_the_keys_and_shapes_of_the_file(tmp_path: Path, trained):
 
 def test_an_adapter_that_diverged_is_not_saved(tmp_path: Path, trained):
     model = trained()
-    model.blocks[0].query.lora_B.data[1, 1] = float("nan")
+    model.blocks[0].query.update.lora_B.data[1, 1] = float("nan")
     with pytest.raises(UserError, match=r"not finite.*blocks\.0\.query\.lora_B"):
         save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -118,7 +121,7 @@ def test_an_adapter_whose_method_contradicts_its_factors_is_not_saved(tmp_path: 
     adapter = adapter_of(model := trained())
     wrong = Adapter(rw.LoRA(r=2, alpha=1, target_modules=["query"]), adapter.factors)
     with pytest.raises(UserError, match=r"rank 2 and scale 2, and its method says 2 and 0\.5"):
-        write_peft(wrong, tmp_path / "a", base_of(model, wrong.factors))
+        write_peft(wrong, tmp_path / "a", base_of(model, wrong))
 
 
 def test_names_that_peft_cannot_tell_apart_are_refused(tmp_path: Path):
@@ -160,3 +163,49 @@ def test_a_name_that_peft_reads_as_an_adapted_module_too_is_refused(tmp_path: Pa
     rw.attach(model, rw.LoRA(r=1, target_modules=["lm_head"], head="train"))
     with pytest.raises(UserError, match=r"modules_to_save \['head'\] also takes in.*'lm_head'"):
         save_adapter(model, tmp_path / "a")
+
+
+PARTS = {"fused": rw.Split(("q_proj", "k_proj", "v_proj"))}
+EVERY = (*(name for name in EVERYTHING if name != "fused"), "fused.k_proj", "fused.q_proj")
+OPTIONS = {
+    "plain": {},
+    "tied": {"tied": True},
+    "dora": {"dora": True},
+    "started": {"init": PiSSA(), "rank_stabilized": True},
+    "biases and rows": {"bias": "all", "trainable_tokens": {"tokens": [3, 1]}},
+}
+
+
+def zoo(dtype: torch.dtype) -> Zoo:
+    torch.manual_seed(1)
+    return Zoo().to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_kind_of_weight_comes_back_to_the_last_bit(tmp_path: Path, case: str, dtype):
+    method = peft_models.lora(
+        *EVERY,
+        split=PARTS,
+        r=2,
+        rank_pattern={"packed.out_proj": 4},
+        alpha_pattern={"packed.v_proj": 3, "fused.q_proj": 1.7},  # scales that do not divide evenly
+        **OPTIONS[case],
+    )
+    rw.attach(model := zoo(dtype), method)
+    peft_models.randomise(model)
+    folder = save_adapter(model, tmp_path / "a")
+    load_adapter(again := zoo(dtype), folder)
+    peft_models.same(adapter_of(again), adapter_of(model))
+    assert torch.equal(again(IDS), model(IDS))
+
+
+def test_an_adapter_with_biases_and_rows_loads_on_its_base_in_another_dtype(tmp_path: Path):
+    options = OPTIONS["biases and rows"]
+    rw.attach(model := zoo(torch.float32), peft_models.lora("keys", **options))
+    peft_models.randomise(model)
+    folder = save_adapter(model, tmp_path / "a")
+    load_adapter(again := zoo(torch.float32).bfloat16(), folder)
+    before, after = adapter_of(model), adapter_of(again)
+    for name, change in before.biases.items():
+        torch.testing.assert_close(after.biases[name], change, rtol=0, atol=1e-2)

@@ -108,7 +108,13 @@ WRONG = [
     ({"auto_map": {"AutoModel": "x.Y"}}, "'auto_map' asks for code from elsewhere"),
     ({"trust_remote_code": True}, "'trust_remote_code' asks for code"),
     ({"learning_rte": 3}, "'learning_rte' is 3, and Rankwise does not know this key"),
-    ({"bias": "lora_only"}, 'bias is "lora_only": trained biases are not supported yet'),
+    ({"bias": "some"}, 'bias must be one of none, lora_only, all, and is "some"'),
+    ({"use_dora": "yes"}, "use_dora must be true or false"),
+    ({"target_parameters": "a.b"}, "target_parameters must be a list of names"),
+    ({"trainable_token_indices": [1, 1]}, "must be a list of different whole numbers from 0"),
+    ({"trainable_token_indices": {"e": [-1]}}, "trainable_token_indices must be"),
+    ({"trainable_token_indices": {"e": 3}}, "trainable_token_indices must be"),
+    ({"trainable_token_indices": [2**70]}, "trainable_token_indices must be"),
     ({"init_lora_weights": "bogus"}, 'init_lora_weights is "bogus", a start'),
 ]
 
@@ -132,28 +138,53 @@ def test_a_start_that_changed_the_base_is_refused_with_the_way_out(read, start: 
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "remedy"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
-        ("layer_replication", [[0, 2]]),
-        ("trainable_token_indices", [1]),
-        ("target_parameters", ["x"]),
-        ("alora_invocation_tokens", [1]),
-        ("use_qalora", True),
-        ("ensure_weight_tying", True),
-        ("kasa_config", {"beta": 1}),
+        ("layer_replication", [[0, 2]], "Build that base first"),
+        ("alora_invocation_tokens", [1], "Use it with PEFT, or train"),
+        ("use_qalora", True, "Use it with PEFT, or train"),
+        ("use_bdlora", {"nblocks": 2}, "merge_and_unload"),
+        ("velora_config", {"scale": 1}, "merge_and_unload"),
+        ("monteclora_config", {"num_samples": 8}, "merge_and_unload"),
+        ("kasa_config", {"beta": 1}, "merge_and_unload"),
+        ("arrow_config", {"top_k": 3}, "each by itself"),
+        ("megatron_config", {"x": 1}, "Use it in Megatron"),
     ],
 )
-def test_what_plain_lora_cannot_express_is_refused_by_name(read, key: str, value: object):
-    with pytest.raises(ArtifactError, match=f"{key} is on: .*not supported yet.*merge_and_unload"):
+def test_what_no_layer_can_do_is_refused_by_name_with_the_way_out(
+    read, key: str, value: object, remedy: str
+):
+    with pytest.raises(ArtifactError, match=f"{key} is on: .*has no layer for.*{remedy}"):
         read(PLAIN, **{key: value})
     read(PLAIN, **{key: None})
 
 
+def test_what_lora_has_learned_since_is_read(read):
+    config = read(
+        PLAIN,
+        use_dora=True,
+        bias="all",
+        lora_bias=True,
+        target_parameters=["experts.up"],
+        trainable_token_indices={"embed": [3, 1]},
+        ensure_weight_tying=True,
+    )
+    assert (config.dora, config.bias, config.lora_bias, config.tied) == (True, "all", True, True)
+    assert config.parameters == ("experts.up",)
+    assert config.tokens == {"embed": (3, 1)}
+    assert not config.by_rankwise
+    assert read(PLAIN, trainable_token_indices=[4]).tokens == {None: (4,)}
+
+
+def test_parameters_alone_need_no_modules(read):
+    config = read(PLAIN, target_modules=[], target_parameters=["experts.up"])
+    assert config.rule.target_modules == ()
+    assert read(PLAIN, target_modules=[], peft_type="RANKWISE_LORA").by_rankwise
+
+
 def test_all_problems_come_in_one_error(read):
-    with pytest.raises(ArtifactError, match=r"(?s)use_dora.*r must be.*lora_alpha is missing"):
-        read(PLAIN, use_dora=True, r=0, lora_alpha="absent")
+    with pytest.raises(ArtifactError, match=r"(?s)use_qalora.*r must be.*lora_alpha is missing"):
+        read(PLAIN, use_qalora=True, r=0, lora_alpha="absent")
 
 
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path):

@@ -8,7 +8,7 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.errors import ArtifactError
-from rankwise.io.sketch import Sketch, agree, differences, sketch
+from rankwise.io.sketch import Sketch, agree, differences, own_modules, sketch
 
 NAMES = ["blocks.0.query", "blocks.1.query", "embed"]
 
@@ -64,6 +64,56 @@ def test_weights_without_numbers_are_left_out():
     assert sketch(model, ["0"]).modules == {}
 
 
+class Several(nn.Module):
+    """Weights that are not the weight of a layer of their own."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.packed = nn.MultiheadAttention(4, 2)
+        self.apart = nn.MultiheadAttention(4, 2, kdim=2)
+        self.fused = nn.Linear(4, 12)
+        self.bank = nn.Parameter(torch.randn(2, 3, 4))
+        self.owner = nn.ParameterDict({"bank": nn.Parameter(torch.randn(2, 3, 4))})
+
+
+OWNED = ["packed.q_proj", "packed.v_proj", "apart.k_proj", "fused.b", "owner.bank"]
+
+
+def test_parts_and_parameters_are_sketched_by_what_holds_them():
+    model = Several()
+    taken = sketch(model, OWNED)
+    assert list(taken.modules) == [
+        "packed.in_proj_weight",
+        "apart.k_proj_weight",
+        "fused",
+        "owner.bank",
+    ]
+    assert taken.modules["owner.bank"][1] == pytest.approx(model.owner["bank"][0, 0, 0].item())
+    assert differences(taken, model.bfloat16()) == []
+    (sentence,) = differences(taken, Several(seed=1))
+    assert "'packed.in_proj_weight' has norm" in sentence
+    assert "4 of 4 weights differ" in sentence
+
+
+def test_an_update_of_a_part_or_a_parameter_does_not_show():
+    model = Several()
+    taken = sketch(model, OWNED)
+    targets = ["packed.q_proj", "apart.k_proj", "owner.bank"]
+    rw.attach(model, rw.LoRA(r=1, target_modules=targets, head="freeze"))
+    torch.nn.init.ones_(model.owner.updates["default/bank"].lora_B)
+    assert differences(taken, model) == []
+
+
+def test_another_adapters_head_does_not_show(base):
+    model = base()
+    taken = sketch(model, ["head"])
+    rw.attach(model, rw.HeadOnly())
+    model.head.weight.data += 1
+    assert differences(taken, model) == []
+    assert list(own_modules(model)) == [name for name, _ in base().named_modules() if name]
+
+
 GOOD = {"version": 1, "base": None, "modules": {"a": [1.0] * 9}}
 
 
@@ -75,6 +125,7 @@ GOOD = {"version": 1, "base": None, "modules": {"a": [1.0] * 9}}
         (json.dumps({**GOOD, "modules": [1]}), "no sketch of version 1"),
         (json.dumps({**GOOD, "modules": {"a": [1.0] * 8}}), "damaged"),
         (json.dumps({**GOOD, "modules": {"a": ["1"] * 9}}), "damaged"),
+        (json.dumps({**GOOD, "modules": {"a": [10**400] * 9}}), "damaged"),
     ],
 )
 def test_a_damaged_sketch_is_refused(text: str, message: str):

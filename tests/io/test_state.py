@@ -110,7 +110,7 @@ def test_tensors_that_do_not_fit_are_refused(head: Path, base, change, message: 
     [
         ({"format": "x"}, "format must be"),
         ({"version": 2}, "version must be 1; a newer Rankwise"),
-        ({"method": "LoRA"}, "method must be 'HeadOnly' or 'Full'"),
+        ({"method": "LoRA"}, "method must be one of 'HeadOnly', 'Full'"),
         ({"modules": "head"}, "modules must be a list of names"),
         ({"modules": ["hoad"]}, r"the model has no module 'hoad'\. Did you mean 'head'"),
         ({"modules_to_save": ["1.fc"]}, r"lists the modules \['head'\].* are \['head', 'blocks"),

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
-from rankwise.attaching import Attachment, attach, attached, attachment
+from rankwise.attaching import Attachment, attach, attached, attachment, kept_layers
 from rankwise.errors import ArtifactError, EnvironmentFault, UserError
 from rankwise.io.base import base_of
 from rankwise.io.files import missing, read_fault
-from rankwise.io.peft import WEIGHTS, read_peft, write_peft
+from rankwise.io.peft import PICKLE, WEIGHTS, read_peft, write_peft
 from rankwise.io.peft_config import CONFIG
 from rankwise.io.state import CARD, TRAINED, load_trained, save_trained
-from rankwise.methods.adapter import adapter_of
+from rankwise.methods.adapter import Adapter, adapter_of
 from rankwise.methods.lora import LoRA
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -23,7 +23,12 @@ _OURS = frozenset({CONFIG, WEIGHTS, CARD, TRAINED})
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, base_model_name: str | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    adapter: Adapter | None = None,
+    base_model_name: str | None = None,
 ) -> Path:
     """Save what was trained on a model; the inverse of :func:`load_adapter`.
 
@@ -32,7 +37,15 @@ def save_adapter(
     are not written (Full has none), nothing is fetched, and the folder appears whole or not at all.
 
     An existing folder is replaced when it is empty or holds an adapter and nothing else.
-    ``base_model_name`` is what the base is called; for a transformers model it is known.
+
+    Args:
+        model: the base, with the adapter on it.
+        folder: where; parents are made.
+        name: of the adapter on the model; None for the only one.
+        adapter: one that is not on the model but fits it, on the CPU, such as one that
+            :func:`rankwise.methods.combining.combine` has made of several or cut to a lower rank;
+            the model is then only looked at.
+        base_model_name: what the base is called; for a transformers model it is known.
 
     Returns the folder.
 
@@ -41,17 +54,23 @@ def save_adapter(
             other files.
         EnvironmentFault: the disk refuses.
     """
-    record = attachment(model)
+    if name is not None and adapter is not None:
+        raise UserError("Name an adapter of the model, or give one that is not on it; not both.")
     _refuse_foreign(Path(folder))
-    if not isinstance(record.method, LoRA):
-        return save_trained(model, folder, base_model_name=base_model_name)
-    adapter = adapter_of(model)
-    base = base_of(model, adapter.factors, adapter.modules, base_model_name)
-    return write_peft(adapter, folder, base)
+    if adapter is None:
+        if not isinstance(attachment(model, name).method, LoRA):
+            return save_trained(model, folder, name=name, base_model_name=base_model_name)
+        adapter = adapter_of(model, name)
+    return write_peft(adapter, folder, base_of(model, adapter, base_model_name))
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, allow_nonfinite: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    allow_nonfinite: bool = False,
+    allow_pickle: bool = False,
 ) -> Attachment:
     """Read a folder and attach what it holds to the base it was made on.
 
@@ -59,20 +78,32 @@ def load_adapter(
     sub-folder for an adapter with a name). Everything is checked before the model is touched:
     each tensor must have its place, each layer must be filled, and the base must be the right one.
 
+    Args:
+        model: the base; it may carry adapters of other names.
+        folder: where.
+        name: what the adapter is to be called on this model.
+        allow_nonfinite: whether NaN and infinity are let pass.
+        allow_pickle: whether an adapter_model.bin is opened, for its tensors alone, where there is
+            no safetensors file.
+
     Raises:
-        UserError: there is no such folder, or the model carries an adapter already.
-        ArtifactError: lists all that is wrong with the files or their fit to this model; NaN and
-            infinity are wrong unless ``allow_nonfinite``.
+        UserError: there is no such folder, or the model carries an adapter of this name already.
+        ArtifactError: lists all that is wrong with the files or their fit to this model.
         EnvironmentFault: a file cannot be read.
     """
-    if attached(model) is not None:
+    if name in attached(model):
         raise UserError(
-            "This model carries an adapter already. Detach it first: rankwise.detach(model)."
+            f"This model carries an adapter already, and it is named '{name}'. Detach it first "
+            "(rankwise.detach), or load this one under another name: rankwise.load_adapter(model, "
+            "folder, name='...')."
         )
+    if attached(model) and kept_layers(model) is not None:
+        raise UserError("The adapter of this model is merged; call rankwise.unmerge(model) first.")
     home = _home(Path(folder))
     if (home / CARD).exists():
-        return load_trained(model, home, allow_nonfinite=allow_nonfinite)
-    return attach(model, read_peft(home, model, allow_nonfinite=allow_nonfinite))
+        return load_trained(model, home, name=name, allow_nonfinite=allow_nonfinite)
+    adapter = read_peft(home, model, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle)
+    return attach(model, adapter, name=name)
 
 
 def _home(folder: Path) -> Path:
@@ -95,7 +126,8 @@ def _home(folder: Path) -> Path:
         raise UserError(
             f"'{folder}' holds several adapters; name one: {', '.join(str(h) for h in homes)}."
         )
-    stray = " Its weights are there without it." if (folder / WEIGHTS).exists() else ""
+    weights = any((folder / file).exists() for file in (WEIGHTS, PICKLE))
+    stray = " Its weights are there without it." if weights else ""
     listed = ", ".join(entry.name for entry in inside[:8]) or "nothing"
     raise ArtifactError(
         f"'{folder}' holds no adapter: there is no {CONFIG} and no {CARD}.{stray} "

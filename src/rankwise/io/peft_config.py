@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -14,47 +14,56 @@ from rankwise.io.files import missing, read_fault
 from rankwise.io.peft_names import Rule
 from rankwise.io.tensors import shown, strict_json
 
-__all__ = ["CONFIG", "PeftConfig", "read_config"]
+__all__ = ["CONFIG", "OURS", "PeftConfig", "read_config"]
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG = 1_000_000  # bytes; the largest ones of PEFT hold some thousand names
 
-# Options that change what an adapter computes or holds, and that Rankwise has no layer for.
+OURS = "RANKWISE_LORA"  # peft_type of what PEFT has no form for, so that PEFT refuses the file
+_MERGE = "Merge it with PEFT (merge_and_unload) and use the merged model."
+_REPLACE = "Use it with PEFT, or train an adapter without it."
+# Options that change what an adapter computes and that Rankwise has no layer for: why, and the way.
 _UNSUPPORTED = {
-    "use_dora": "DoRA keeps a magnitude of each weight beside A and B",
-    "lora_bias": "it trains a bias on B",
-    "layer_replication": "the base is to be rebuilt with repeated blocks",
-    "trainable_token_indices": "single rows of an embedding are trained",
-    "target_parameters": "parameters without a layer of their own (as of experts) are adapted",
-    "alora_invocation_tokens": "an activated LoRA applies to part of each text only",
-    "use_qalora": "QALoRA pools the input",
-    "use_bdlora": "BD-LoRA has block-diagonal factors",
-    "velora_config": "VeLoRA adds tensors of its own",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "kasa_config": "KaSA changes the base weight",
-    "arrow_config": "Arrow routes among several adapters",
-    "megatron_config": "the layers of Megatron are split over processes",
-    "ensure_weight_tying": "one update is shared by two layers",
+    "layer_replication": (
+        "the base is to be rebuilt with some of its blocks repeated",
+        "Build that base first, save it, set layer_replication to null and load the adapter on it.",
+    ),
+    "alora_invocation_tokens": ("an activated LoRA acts on a part of each text only", _REPLACE),
+    "use_qalora": ("QALoRA pools the inputs of a quantised layer in groups", _REPLACE),
+    "use_bdlora": ("BD-LoRA has block-diagonal factors", _MERGE),
+    "velora_config": ("VeLoRA adds tensors of its own", _MERGE),
+    "monteclora_config": ("MonteCLoRA adds samplers of its factors", _MERGE),
+    "kasa_config": ("KaSA takes a part of the base's weights away", _MERGE),
+    "arrow_config": (
+        "Arrow routes among several adapters",
+        "Load the adapters that it routes among, each by itself.",
+    ),
+    "megatron_config": (
+        "the layers of Megatron are split over processes",
+        "Use it in Megatron; Rankwise adapts layers that are whole.",
+    ),
 }
 _STARTS_BESIDE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _STARTS_IN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_BIASES = ("none", "lora_only", "all")
 _CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 # Read below, or without effect on what the adapter computes once it is trained.
 # fmt: off
 _KNOWN = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
-    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
-    "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora",
+    "use_rslora",
 ))
 # fmt: on
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What a PEFT configuration says, as far as it is plain LoRA.
+    """What a PEFT configuration says.
 
     Attributes:
         rule: which modules are adapted and which train whole.
@@ -64,6 +73,13 @@ class PeftConfig:
         alpha_pattern: α by key.
         rank_stabilized: s = α/√r in place of α/r.
         dropout: of the training that made the adapter.
+        dora: whether each update has a magnitude.
+        bias: which biases of the base trained: "none", "lora_only" or "all".
+        lora_bias: whether each B has a bias.
+        parameters: adapted parameters, by their names or ends of these after a dot.
+        tokens: ids of trained rows, by the end of an embedding's name; None is the input's.
+        tied: whether layers that share a weight share their update.
+        by_rankwise: whether only Rankwise has the forms that the file uses.
         base_model_name: what the base was called there.
     """
 
@@ -74,6 +90,15 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
     rank_stabilized: bool = False
     dropout: float = 0.0
+    dora: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    parameters: tuple[str, ...] = ()
+    tokens: Mapping[str | None, tuple[int, ...]] = field(
+        default_factory=dict[str | None, tuple[int, ...]]
+    )
+    tied: bool = False
+    by_rankwise: bool = False
     base_model_name: str | None = None
 
 
@@ -81,7 +106,7 @@ def read_config(path: Path) -> PeftConfig:
     """Read an adapter_config.json, or list all that is wrong with it.
 
     Nothing is guessed: r and lora_alpha must be there (PEFT takes 8 for a missing lora_alpha),
-    every key must be known or switched off, and what plain LoRA cannot express is refused by name.
+    every key must be known or switched off, and what Rankwise has no layer for is refused by name.
 
     Raises:
         UserError: there is no such file.
@@ -90,7 +115,7 @@ def read_config(path: Path) -> PeftConfig:
     """
     raw = strict_json(_content(path), f"'{path}'", "the file")
     kind = raw.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", OURS):
         said = f"peft_type is {_value(kind)}" if "peft_type" in raw else "it has no peft_type"
         raise ArtifactError(
             f"'{path}' does not describe a LoRA adapter: {said}, and 'LORA' is needed."
@@ -99,7 +124,7 @@ def read_config(path: Path) -> PeftConfig:
     layers = raw.get("layers_to_transform")
     return PeftConfig(
         rule=Rule(
-            target_modules=_names(raw["target_modules"]),
+            target_modules=_names(raw.get("target_modules") or ()),
             exclude_modules=_names(raw.get("exclude_modules") or ()),
             modules_to_save=tuple(cast("list[str]", raw.get("modules_to_save") or ())),
             layers=(layers,) if isinstance(layers, int) else tuple(cast("list[int]", layers or ())),
@@ -111,6 +136,13 @@ def read_config(path: Path) -> PeftConfig:
         alpha_pattern=cast("dict[str, float]", raw.get("alpha_pattern") or {}),
         rank_stabilized=raw.get("use_rslora") is True,
         dropout=float(cast("float", raw.get("lora_dropout") or 0.0)),
+        dora=raw.get("use_dora") is True,
+        bias=cast("str", raw.get("bias") or "none"),
+        lora_bias=raw.get("lora_bias") is True,
+        parameters=tuple(cast("list[str]", raw.get("target_parameters") or ())),
+        tokens=_tokens(raw.get("trainable_token_indices")),
+        tied=raw.get("ensure_weight_tying") is True,
+        by_rankwise=kind == OURS,
         base_model_name=name
         if isinstance(name := raw.get("base_model_name_or_path"), str)
         else None,
@@ -138,6 +170,7 @@ def _problems(raw: dict[str, object]) -> Iterator[str]:
     yield from _foreign_keys(raw)
     yield from _numbers(raw)
     yield from _choices(raw)
+    yield from _switches(raw)
     start = raw.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_STARTS_IN_BASE):
         yield (
@@ -147,11 +180,6 @@ def _problems(raw: dict[str, object]) -> Iterator[str]:
         )
     elif start not in _STARTS_BESIDE_BASE and start is not None:
         yield f"init_lora_weights is {_value(start)}, a start that Rankwise does not know."
-    if raw.get("bias", "none") != "none":
-        yield (
-            f"bias is {_value(raw['bias'])}: trained biases are not supported yet. Merge the "
-            "adapter with PEFT (merge_and_unload) and use the merged model."
-        )
 
 
 def _foreign_keys(raw: dict[str, object]) -> Iterator[str]:
@@ -160,10 +188,8 @@ def _foreign_keys(raw: dict[str, object]) -> Iterator[str]:
             yield f"{shown(key)} asks for code from elsewhere to be run; that is refused."
         elif key in _UNSUPPORTED:
             if value not in (None, False, {}, []):
-                yield (
-                    f"{key} is on: {_UNSUPPORTED[key]}, and that is not supported yet. Merge the "
-                    "adapter with PEFT (merge_and_unload) and use the merged model."
-                )
+                why, remedy = _UNSUPPORTED[key]
+                yield f"{key} is on: {why}, which Rankwise has no layer for. {remedy}"
         elif key not in _KNOWN and value not in (None, False, {}, [], ""):
             yield (
                 f"{shown(key)} is {_value(value)}, and Rankwise does not know this key, which may "
@@ -201,26 +227,43 @@ def _numbers(raw: dict[str, object]) -> Iterator[str]:
 
 def _choices(raw: dict[str, object]) -> Iterator[str]:
     target = raw.get("target_modules")
-    if not target:
+    elsewhere = bool(raw.get("target_parameters")) or raw.get("peft_type") == OURS
+    if not target and not elsewhere:
         yield (
             "target_modules is missing: without it nothing tells which layers the adapter must "
             "fill. Add the names of the adapted modules."
         )
-    elif not isinstance(target, str) and not _is_texts(target):
+    elif target and not isinstance(target, str) and not _is_texts(target):
         yield f"target_modules must be a list of names or one pattern, and is {_value(target)}."
     for option in ("exclude_modules", "layers_pattern"):
         value = raw.get(option)
         if value is not None and not isinstance(value, str) and not _is_texts(value):
             yield f"{option} must be a list of names or one pattern, and is {_value(value)}."
-    saved = raw.get("modules_to_save")
-    if saved is not None and not _is_texts(saved):
-        yield f"modules_to_save must be a list of names, and is {_value(saved)}."
+    for option in ("modules_to_save", "target_parameters"):
+        value = raw.get(option)
+        if value is not None and not _is_texts(value):
+            yield f"{option} must be a list of names, and is {_value(value)}."
     layers = raw.get("layers_to_transform")
     numbers = cast("list[object]", layers) if isinstance(layers, list) else [layers]
     if layers is not None and not all(type(n) is int for n in numbers):
         yield f"layers_to_transform must be whole numbers, and is {_value(layers)}."
-    if not isinstance(raw.get("use_rslora", False), bool | None):
-        yield f"use_rslora must be true or false, and is {_value(raw['use_rslora'])}."
+
+
+def _switches(raw: dict[str, object]) -> Iterator[str]:
+    for option in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+        if not isinstance(raw.get(option), bool | None):
+            yield f"{option} must be true or false, and is {_value(raw[option])}."
+    if raw.get("bias") not in (None, *_BIASES):
+        yield f"bias must be one of {', '.join(_BIASES)}, and is {_value(raw['bias'])}."
+    tokens = raw.get("trainable_token_indices")
+    lists: list[object] = [tokens]
+    if isinstance(tokens, dict):
+        lists = list(cast("dict[str, object]", tokens).values())
+    if tokens is not None and not all(_is_ids(ids) for ids in lists):
+        yield (
+            "trainable_token_indices must be a list of different whole numbers from 0, or such "
+            f"lists by the names of embeddings, and is {_value(tokens)}."
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -245,6 +288,22 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(v, str) and v for v in cast("list[object]", value)
     )
+
+
+def _is_ids(value: object) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    ids = cast("list[object]", value)
+    whole = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**62]
+    return len(set(whole)) == len(ids)
+
+
+def _tokens(value: object) -> dict[str | None, tuple[int, ...]]:
+    if not value:
+        return {}
+    if isinstance(value, list):
+        return {None: tuple(cast("list[int]", value))}
+    return {name: tuple(ids) for name, ids in cast("dict[str, list[int]]", value).items()}
 
 
 def _names(value: object) -> tuple[str, ...] | str:

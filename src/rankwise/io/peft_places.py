@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.errors import nearest
-from rankwise.io.peft_names import within
+from rankwise.io.peft_config import PeftConfig
+from rankwise.io.peft_extras import bias_keys, bias_parameters, biases_meant, tokens_key
+from rankwise.io.peft_forms import A_KEY, B_KEY, ROWS_KEYS, Form, Plain, Wanted
+from rankwise.io.peft_keys import PREFIX, Named
+from rankwise.io.peft_layout import Notes
+from rankwise.io.peft_meaning import Meaning
+from rankwise.io.peft_names import value_for, within
 from rankwise.io.tensors import shown
-from rankwise.layers import refusal, shape_of
-from rankwise.targets import Site
 
-__all__ = ["PREFIX", "Places", "factor_key", "incomplete", "misfits", "place"]
+__all__ = ["Places", "mismatch", "place", "rank_of"]
 
-PREFIX = "base_model.model."
-_COMPILED = "_orig_mod."  # what torch.compile puts into names
-_FACTOR = re.compile(
-    r"(?P<name>.+)\."
-    r"(?:lora_(?P<linear>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
-    r"|lora_embedding_(?P<embedding>[AB])(?:\.(?P<adapter2>[^.]+))?)"
-)
 _KNOWN_ENDS = {
-    "lora_magnitude_vector": "it belongs to DoRA, which is not supported yet",
-    "lora_B.bias": "it is a bias on B (lora_bias), which is not supported yet",
-    "trainable_tokens_delta": "trained single tokens are not supported yet",
-    "lora_diag": "it belongs to KaSA, which is not supported yet",
-    "base_layer.bias": "trained biases are not supported yet",
+    "lora_magnitude_vector": "it belongs to DoRA, and use_dora is off",
+    "lora_B.bias": "it is a bias on B, and lora_bias is off",
+    "trainable_tokens_delta": "trainable_token_indices does not mean this module",
+    "lora_diag": "it belongs to KaSA, which Rankwise has no layer for",
+    "lora_velora_embed": "it belongs to VeLoRA, which Rankwise has no layer for",
+    "base_layer.bias": "the model has no bias there",
 }
+_SAMPLER = "lora_monteclora_sampler"
+_WRAPPED = (".base_layer", ".token_adapter", ".original_module")
 _HINTS = 3  # names for which the nearest one is searched, which takes milliseconds each
 
 
@@ -39,121 +38,64 @@ class Places:
     """The tensors of a file, each where it belongs.
 
     Attributes:
-        linear: "A" and "B" of each module that is adapted as a linear layer.
-        embedding: "A" and "B" of each module that is adapted as an embedding.
+        forms: for each form its tensors, by key behind its path; only complete ones.
+        magnitudes: DoRA's magnitudes by form.
+        b_biases: the biases of B by form, by key.
+        biases: the biases of the base as they are by now, by full name.
+        tokens: rows of embeddings as they are by now.
         trained: tensors of modules that train whole, by full name.
         base: tensors that the frozen base has as well, by full name; PEFT adds some.
-        problems: one sentence for each tensor without a place and each module that lacks one.
+        problems: one sentence for each tensor without a place and each place without a tensor.
     """
 
-    linear: Mapping[str, Mapping[str, Tensor]]
-    embedding: Mapping[str, Mapping[str, Tensor]]
+    forms: Mapping[str, Mapping[str, Tensor]]
+    magnitudes: Mapping[str, Tensor]
+    b_biases: Mapping[str, Mapping[str, Tensor]]
+    biases: Mapping[str, Tensor]
+    tokens: Mapping[str, Tensor]
     trained: Mapping[str, Tensor]
     base: Mapping[str, Tensor]
     problems: Sequence[str]
 
-    def sides(self, name: str) -> dict[str, Tensor]:
-        """The factors of one module, by "A" and "B"."""
-        return {**self.linear.get(name, {}), **self.embedding.get(name, {})}
 
-    def adapted(self) -> list[str]:
-        """Names of the modules that have factors."""
-        return list(dict.fromkeys([*self.linear, *self.embedding]))
+@dataclass
+class _Sorting:
+    """The tensors that have not found their place yet, and what is wrong so far."""
+
+    left: dict[str, Tensor]
+    problems: list[str] = field(default_factory=list[str])
+    expected: list[str] = field(default_factory=list[str])
+
+    def take(self, key: str) -> Tensor | None:
+        self.expected.append(key)
+        return self.left.pop(key, None)
 
 
-def factor_key(name: str, side: str, *, embedding: bool) -> str:
-    """How PEFT calls A or B of a module in the file."""
-    return f"{PREFIX}{name}." + (f"lora_embedding_{side}" if embedding else f"lora_{side}.weight")
-
-
-def place(
-    tensors: Mapping[str, Tensor],
-    table: Mapping[str, Site],
-    expected: Sequence[str],
-    whole: Sequence[str],
-) -> Places:
-    """Sort the tensors of a file by the modules of a model.
-
-    ``expected`` are the modules that must be adapted, ``whole`` those that train whole. Names may
-    hold ``_orig_mod.`` of a compiled model and the name of the one adapter (``lora_A.default``),
-    as a plain ``state_dict`` has them.
-    """
-    linear: dict[str, dict[str, Tensor]] = {}
-    embedding: dict[str, dict[str, Tensor]] = {}
-    trained: dict[str, Tensor] = {}
-    base: dict[str, Tensor] = {}
-    lost: list[str] = []
-    problems: list[str] = []
-    adapters: set[str] = set()
-    known = {
-        f"{n}.{k}" for n, s in table.items() for k, _ in s.module.named_parameters(recurse=False)
+def place(named: Named, config: PeftConfig, notes: Notes, meant: Meaning) -> Places:
+    """Give each tensor of a file its place on the model, or say what is wrong with it."""
+    sorting = _Sorting(dict(named.tensors))
+    forms = {
+        form.target: found
+        for form in meant.forms
+        if (found := _factors(sorting, form, rank_of(form, config, notes))) is not None
     }
-    for key, tensor in tensors.items():
-        path = key.replace(_COMPILED, "")
-        found = _FACTOR.fullmatch(path.removeprefix(PREFIX))
-        if not path.startswith(PREFIX):
-            lost.append(key)
-        elif found is not None and found["name"] in table:
-            adapters.add(found["adapter"] or found["adapter2"] or "")
-            kind = linear if found["linear"] else embedding
-            sides = kind.setdefault(found["name"], {})
-            side = found["linear"] or found["embedding"]
-            if side in sides:
-                problems.append(f"{shown(key)} occurs twice, in two spellings.")
-            sides[side] = tensor
-        elif within(path := path.removeprefix(PREFIX), whole):
-            trained[path] = tensor
-        elif (plain := path.replace(".base_layer.", ".")) in known:
-            base[plain] = tensor
-        else:
-            lost.append(key)
-    places = Places(linear, embedding, trained, base, problems)
-    if len(adapters) > 1:
-        named = ", ".join(shown(name) for name in sorted(adapters))
-        problems.append(f"its names mix several adapters ({named}); save one of them alone.")
-    if not expected:
-        problems.append("target_modules means no module of this model.")
-    problems.extend(_unfilled(places, expected))
-    problems.extend(_unexpected(lost, table, expected, whole))
-    return places
+    magnitudes = _magnitudes(sorting, meant) if config.dora else {}
+    b_biases = _b_biases(sorting, meant) if config.lora_bias else {}
+    tokens = _tokens(sorting, meant)
+    biases = _biases(sorting, config, notes, meant)
+    trained = _trained(sorting, meant)
+    base = _of_the_base(sorting, meant)
+    problems = [*named.problems, *meant.problems, *sorting.problems, *_lost(sorting, meant)]
+    if problems and named.changes and sorting.left:
+        problems.append(f"its names were read like this: {'; '.join(named.changes)}.")
+    return Places(forms, magnitudes, b_biases, biases, tokens, trained, base, problems)
 
 
-def misfits(places: Places, table: Mapping[str, Site], ranks: Mapping[str, int]) -> Iterator[str]:
-    """Each adapted module whose factors have another kind, dtype, rank or shape than it needs."""
-    for name in places.adapted():
-        module = table[name].module
-        reason = refusal(module)
-        is_embedding = isinstance(module, nn.Embedding)
-        if reason is not None:
-            yield f"'{name}' cannot be adapted: {reason}."
-        elif name in (places.linear if is_embedding else places.embedding):
-            kind = "an Embedding" if is_embedding else "no Embedding"
-            yield f"'{name}' is {kind} here, and the names of its tensors say otherwise."
-        else:
-            out_features, in_features = shape_of(module)
-            wanted = {"A": (ranks[name], in_features), "B": (out_features, ranks[name])}
-            for side, tensor in places.sides(name).items():
-                problem = _wrong(tensor, wanted[side], 0 if side == "A" else 1)
-                if problem is not None:
-                    yield f"lora_{side} of '{name}' {problem}"
-
-
-def incomplete(places: Places, table: Mapping[str, Site], whole: Sequence[str]) -> Iterator[str]:
-    """Modules that train whole: each of their tensors must be there, in shape, and no other."""
-    for name in whole:
-        if name not in table:
-            yield f"the model has no module '{name}', which trained whole.{nearest(name, table)}"
-            continue
-        wanted = {f"{name}.{k}": t for k, t in table[name].module.state_dict().items()}
-        have = {k: t for k, t in places.trained.items() if within(k, (name,))}
-        yield from (
-            f"{shown(k)} is missing; '{name}' trained whole." for k in wanted if k not in have
-        )
-        yield from (f"{shown(k)} has no place in '{name}'." for k in have if k not in wanted)
-        for key in (k for k in wanted if k in have):
-            problem = mismatch(have[key], wanted[key])
-            if problem is not None:
-                yield f"{shown(key)} {problem}"
+def rank_of(form: Form, config: PeftConfig, notes: Notes) -> int:
+    """The rank of a form in the file."""
+    if isinstance(form, Plain) and form.target in notes.shares:
+        return notes.shares[form.target].rows[1]
+    return value_for(config.rank_pattern, form.target, config.r)
 
 
 def mismatch(have: Tensor, wanted: Tensor) -> str | None:
@@ -165,56 +107,202 @@ def mismatch(have: Tensor, wanted: Tensor) -> str | None:
     return None
 
 
-def _unfilled(places: Places, expected: Sequence[str]) -> Iterator[str]:
-    for name in expected:
-        lacking = [f"lora_{side}" for side in "AB" if side not in places.sides(name)]
-        if lacking:
-            yield (
-                f"target_modules means '{name}', and the file has no {' and no '.join(lacking)} "
-                "for it."
-            )
-    meant = set(expected)
-    for name in places.adapted():
-        if name not in meant:
-            yield f"the file has factors for '{name}', which target_modules does not mean."
-
-
-def _unexpected(
-    lost: Sequence[str], table: Mapping[str, Site], expected: Sequence[str], whole: Sequence[str]
-) -> Iterator[str]:
-    """A sentence for each tensor without a place; wrong prefixes are told in one."""
-    known = [
-        factor_key(name, side, embedding=isinstance(table[name].module, nn.Embedding))
-        for name in expected
-        for side in "AB"
-    ]
-    for name in whole:
-        state = table[name].module.state_dict() if name in table else {}
-        known.extend(f"{PREFIX}{name}.{key}" for key in state)
-    bare = [key for key in lost if not key.replace(_COMPILED, "").startswith(PREFIX)]
-    if bare:
-        yield (
-            f"{len(bare)} tensor name(s) do not begin with '{PREFIX}', the first being "
-            f"{shown(bare[0])}.{nearest(bare[0][:200], known, 1)}"
+def _factors(sorting: _Sorting, form: Form, r: int) -> dict[str, Tensor] | None:
+    """The factors of one form if all are there and fit."""
+    wanted = form.wanted(r)
+    found = {k: t for k in wanted if (t := sorting.take(f"{form.path}.{k}")) is not None}
+    lacking = [key.removesuffix(".weight") for key in wanted if key not in found]
+    if lacking:
+        sorting.problems.append(
+            f"target_modules means '{form.target}', and the file has no "
+            f"{' and no '.join(lacking)} for it."
         )
-    prefixed = [key for key in lost if key.replace(_COMPILED, "").startswith(PREFIX)]
-    for i, key in enumerate(prefixed):
-        reason = next((why for end, why in _KNOWN_ENDS.items() if key.endswith("." + end)), None)
-        hint = nearest(key[:200], known, 1) if i < _HINTS and reason is None else ""
-        yield f"{shown(key)} has no place in this model{f': {reason}' if reason else ''}.{hint}"
+    wrong = [
+        f"{key.removesuffix('.weight')} of '{form.target}' {problem}"
+        for key, tensor in found.items()
+        if (problem := _wrong(tensor, wanted[key], r)) is not None
+    ]
+    if not wrong and not lacking and (problem := form.misfit(found)) is not None:
+        wrong.append(f"lora_A of '{form.target}' {problem}")
+    sorting.problems.extend(wrong)
+    return None if wrong or lacking else found
 
 
-def _wrong(tensor: Tensor, wanted: tuple[int, int], rank_axis: Literal[0, 1]) -> str | None:
+def _wrong(tensor: Tensor, wanted: Wanted, r: int) -> str | None:
     """What is wrong with one factor, or None."""
-    have = tuple(tensor.shape)
+    have, shape = tuple(tensor.shape), wanted.shape
     if not tensor.is_floating_point():
         return f"is {tensor.dtype}, and floating-point numbers are needed."
-    if have == wanted:
+    if have == shape:
         return None
-    if have == wanted[::-1]:
-        return f"has shape {have}, expected {wanted}: it is transposed."
-    if len(have) > 2:
-        return f"has {len(have)} dimensions; updates of convolutions are not supported yet."
-    if len(have) == 2 and have[1 - rank_axis] == wanted[1 - rank_axis]:
-        return f"has rank {have[rank_axis]}, and r is {wanted[rank_axis]:,} in adapter_config.json."
-    return f"has shape {have}, expected {wanted}: it was made for another base."
+    if len(shape) == 2 and have == shape[::-1]:
+        return f"has shape {have}, expected {shape}: it is transposed."
+    others = [i for i in range(len(shape)) if i != wanted.axis]
+    if len(have) == len(shape) and all(have[i] == shape[i] for i in others):
+        return (
+            f"has rank {have[wanted.axis] / wanted.each:g}, and r is {r:,} in adapter_config.json."
+        )
+    return f"has shape {have}, expected {shape}: it was made for another base."
+
+
+def _exactly(sorting: _Sorting, key: str, shape: tuple[int, ...], what: str) -> Tensor | None:
+    """A tensor that must be there, with this shape."""
+    tensor = sorting.take(key)
+    if tensor is None:
+        sorting.problems.append(f"the file has no {what}.")
+    elif not tensor.is_floating_point():
+        sorting.problems.append(f"{what} is {tensor.dtype}, not floating-point numbers.")
+    elif tuple(tensor.shape) != shape:
+        sorting.problems.append(f"{what} has shape {tuple(tensor.shape)}, expected {shape}.")
+    else:
+        return tensor
+    return None
+
+
+def _magnitudes(sorting: _Sorting, meant: Meaning) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for form in meant.forms:
+        key, what = (
+            f"{form.path}.lora_magnitude_vector",
+            f"lora_magnitude_vector of '{form.target}'",
+        )
+        tensor = _exactly(sorting, key, form.magnitude(), what)
+        if tensor is not None:
+            found[form.target] = tensor
+    return found
+
+
+def _b_biases(sorting: _Sorting, meant: Meaning) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for form in meant.forms:
+        for key, shape in bias_keys(form).items():
+            tensor = _exactly(sorting, f"{form.path}.{key}", shape, f"{key} of '{form.target}'")
+            if tensor is not None:
+                found.setdefault(form.target, {})[key] = tensor
+    return found
+
+
+def _tokens(sorting: _Sorting, meant: Meaning) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, ids in meant.tokens.items():
+        module = meant.modules[name]
+        if isinstance(module, nn.Embedding):
+            shape = (len(ids), module.embedding_dim)
+            what = f"trainable_tokens_delta of '{name}'"
+            tensor = _exactly(sorting, tokens_key(name, meant.paths), shape, what)
+            if tensor is not None:
+                found[name] = tensor
+    return found
+
+
+def _biases(
+    sorting: _Sorting, config: PeftConfig, notes: Notes, meant: Meaning
+) -> dict[str, Tensor]:
+    """The biases of the base that have changed; those that must be there and are not are told."""
+    if config.bias == "none" and not notes.biases:
+        return {}
+    there = bias_parameters(meant.modules, meant.whole)
+    needed = notes.biases
+    if needed is None:
+        needed = tuple(biases_meant(config.bias, meant.forms, there))
+    every = there if config.bias == "all" else needed
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys([*needed, *every]):
+        tensor = sorting.take(meant.paths.tensor(name))
+        frozen = there.get(name)
+        if tensor is None and name in needed and not (config.lora_bias and frozen is None):
+            sorting.problems.append(
+                f"bias is '{config.bias}', and the file has no bias for '{name}': it was lost when "
+                "the adapter was saved. Save it again with a newer PEFT."
+            )
+        elif tensor is not None and frozen is not None:
+            problem = mismatch(tensor, frozen)
+            sorting.problems.extend([f"{shown(name)} {problem}"] if problem else [])
+            found.update({} if problem else {name: tensor})
+        elif tensor is not None:
+            found[name] = tensor
+    return found
+
+
+def _trained(sorting: _Sorting, meant: Meaning) -> dict[str, Tensor]:
+    """Modules that train whole: each of their tensors must be there, in shape, and no other."""
+    found: dict[str, Tensor] = {}
+    for name in meant.whole:
+        module = meant.modules.get(name)
+        if module is None:
+            hint = nearest(name, meant.modules)
+            sorting.problems.append(f"the model has no module '{name}', which trained whole.{hint}")
+            continue
+        path = meant.paths.outer(name)
+        copies = _copies(sorting.left, path)
+        for key, wanted in module.state_dict().items():
+            full, again = f"{name}.{key}", copies.get(key)
+            tensor = sorting.take(f"{path}.{key}")
+            if tensor is None:
+                tensor = again
+            if tensor is None:
+                sorting.problems.append(f"{shown(full)} is missing; '{name}' trained whole.")
+            elif again is not None and not torch.equal(again, tensor):
+                sorting.problems.append(f"{shown(full)} is there twice, with other numbers.")
+            elif (problem := mismatch(tensor, wanted)) is not None:
+                sorting.problems.append(f"{shown(full)} {problem}")
+            else:
+                found[full] = tensor
+    return found
+
+
+def _copies(left: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """What a plain state_dict, or bias="all", has of a trained copy once more; taken out."""
+    prefix = f"{path}.modules_to_save."
+    found: dict[str, Tensor] = {}
+    for key in [key for key in left if key.startswith(prefix)]:
+        rest = key.removeprefix(prefix)
+        tensor = left.pop(key)
+        found[rest] = tensor
+        found[rest.partition(".")[2]] = tensor  # behind the name of the adapter
+    return found
+
+
+def _of_the_base(sorting: _Sorting, meant: Meaning) -> dict[str, Tensor]:
+    """What the file has of the frozen base, taken from what is left."""
+    known = {
+        f"{n}.{k}" for n, m in meant.modules.items() for k, _ in m.named_parameters(recurse=False)
+    }
+    found: dict[str, Tensor] = {}
+    for key in list(sorting.left):
+        plain = key
+        for part in _WRAPPED:
+            plain = plain.replace(f"{part}.", ".")
+        if plain in known:
+            found[plain] = sorting.left.pop(key)
+    return found
+
+
+def _lost(sorting: _Sorting, meant: Meaning) -> Iterator[str]:
+    """A sentence for each tensor without a place."""
+    for i, key in enumerate(sorting.left):
+        if within(key, meant.whole):
+            owner = next(name for name in meant.whole if within(key, (name,)))
+            yield f"{shown(key)} has no place in '{owner}'."
+            continue
+        adapted = _adapted(key, meant)
+        if adapted is not None:
+            yield f"the file has factors for '{adapted}', which target_modules does not mean."
+            continue
+        reason = next((why for end, why in _KNOWN_ENDS.items() if key.endswith(f".{end}")), None)
+        if f".{_SAMPLER}." in key:
+            reason = "it belongs to MonteCLoRA, which Rankwise has no layer for"
+        hint = ""
+        if i < _HINTS and reason is None:
+            hint = nearest(PREFIX + key[:200], [PREFIX + e for e in sorting.expected], 1)
+        why = f": {reason}" if reason else ""
+        yield f"{shown(PREFIX + key)} has no place in this model{why}.{hint}"
+
+
+def _adapted(key: str, meant: Meaning) -> str | None:
+    """The module that a factor names, if the model has it and it is not adapted."""
+    for end in (A_KEY, B_KEY, *ROWS_KEYS):
+        name = key.removesuffix(f".{end}").replace(".base_layer", "")
+        if key.endswith(f".{end}") and name in meant.modules:
+            return None if name in {form.target for form in meant.forms} else name
+    return None

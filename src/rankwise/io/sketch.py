@@ -11,11 +11,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from rankwise.attaching import attached
 from rankwise.errors import ArtifactError
 from rankwise.io.tensors import strict_json
-from rankwise.layers import LoRALayer
+from rankwise.layers import is_quantized, is_wrapped
+from rankwise.targets import sites
 
-__all__ = ["METADATA_KEY", "Sketch", "agree", "differences", "sketch"]
+__all__ = ["METADATA_KEY", "Sketch", "agree", "alike", "differences", "own_modules", "sketch"]
 
 METADATA_KEY = "rankwise.base"
 _VERSION = 1
@@ -30,8 +32,9 @@ class Sketch:
 
     Attributes:
         base: what the base was called.
-        modules: for each module the Frobenius norm of its weight and 8 of its entries, evenly
-            spaced from the first to the last in storage order.
+        modules: the Frobenius norm of each weight and 8 of its entries, evenly spaced from the
+            first to the last in storage order; by the module's name, or by the parameter's full
+            name where it is not the weight of a layer.
     """
 
     base: str | None
@@ -66,37 +69,50 @@ class Sketch:
 
 
 def sketch(model: nn.Module, names: Iterable[str], base: str | None = None) -> Sketch:
-    """The sketch of the named modules of a model, adapted or not; those on meta are left out."""
-    values = {
-        name: _values(weight) for name in names if (weight := _weight(model, name)) is not None
-    }
+    """The sketch of the weights that these names mean, adapted or not.
+
+    A part of a fused projection or of an attention stands for the parameter that holds it.
+    Quantised weights and those on meta are left out.
+    """
+    modules = own_modules(model)
+    keys = dict.fromkeys(key for name in names if (key := _key(modules, name)) is not None)
+    values = {k: _values(w) for k in keys if (w := _weight(modules, k)) is not None}
     return Sketch(base, values)
 
 
 def differences(known: Sketch, model: nn.Module) -> list[str]:
     """One sentence about the base if a weight differs from the sketch by more than a change of
-    dtype can explain, with the first module where it does; empty when all agree.
+    dtype can explain, with the first one where it does; empty when all agree.
 
-    Modules that the model lacks are left to the checks of names and shapes.
+    Weights that the model lacks are left to the checks of names and shapes.
     """
-    present = {name for name, _ in model.named_modules()} & set(known.modules)
-    here = sketch(model, [n for n in known.modules if n in present])
-    unlike = [
-        name
-        for name, values in here.modules.items()
-        if not _same(known.modules[name], values, _weight_size(model, name))
-    ]
+    modules = own_modules(model)
+    weights = {k: w for k in known.modules if (w := _weight(modules, k)) is not None}
+    here = {key: _values(weight) for key, weight in weights.items()}
+    unlike = [k for k, w in weights.items() if not alike(known.modules[k], here[k], w.numel())]
     if not unlike:
         return []
     first = unlike[0]
     called = f" ('{known.base}')" if known.base else ""
+    what = f"the weight of '{first}'" if first in modules else f"'{first}'"
     sentence = (
-        f"it was made on another base{called}: the weight of '{first}' has norm "
+        f"it was made on another base{called}: {what} has norm "
         f"{known.modules[first][0]:.6g} and first value {known.modules[first][1]:.6g} there, "
-        f"{here.modules[first][0]:.6g} and {here.modules[first][1]:.6g} in this model "
-        f"({len(unlike)} of {len(here.modules)} weights differ)."
+        f"{here[first][0]:.6g} and {here[first][1]:.6g} in this model "
+        f"({len(unlike)} of {len(here)} weights differ)."
     )
     return [sentence]
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The base's own modules by name, where adapted layers and trained copies stand for them."""
+    originals = {
+        name: module for each in attached(model).values() for name, module in each.originals.items()
+    }
+    found = {name: site.base for name, site in sites(model).items()}
+    for owner, original in originals.items():
+        found.update(original.named_modules(prefix=owner))
+    return found
 
 
 def agree(first: Tensor, second: Tensor) -> bool:
@@ -108,7 +124,8 @@ def agree(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(a, b, rtol=_RELATIVE, atol=_ABSOLUTE * root_mean_square)
 
 
-def _same(known: tuple[float, ...], here: tuple[float, ...], size: int) -> bool:
+def alike(known: tuple[float, ...], here: tuple[float, ...], size: int) -> bool:
+    """Whether two sketches of a weight of this size differ by no more than a change of dtype."""
     slack = _ABSOLUTE * known[0] / math.sqrt(max(size, 1))
     return len(known) == len(here) and all(
         abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) + slack
@@ -116,16 +133,28 @@ def _same(known: tuple[float, ...], here: tuple[float, ...], size: int) -> bool:
     )
 
 
-def _weight(model: nn.Module, name: str) -> Tensor | None:
-    module = model.get_submodule(name)
-    inner = module.base_layer if isinstance(module, LoRALayer) else module
-    weight = dict(inner.named_parameters(recurse=False)).get("weight")
-    return None if weight is None or weight.is_meta else weight.detach()
+def _key(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Which weight holds what this adapted name means: a module's, or a parameter."""
+    if name in modules:
+        return name
+    owner = name.rpartition(".")[0]
+    module = modules.get(owner)
+    if module is None:
+        return None
+    held = dict(module.named_parameters(recurse=False))
+    if isinstance(module, nn.MultiheadAttention):
+        packed = held.get("in_proj_weight") is not None
+        return f"{owner}.in_proj_weight" if packed else f"{name}_weight"
+    return owner if is_wrapped(module) else name
 
 
-def _weight_size(model: nn.Module, name: str) -> int:
-    weight = _weight(model, name)
-    return 1 if weight is None else weight.numel()
+def _weight(modules: Mapping[str, nn.Module], key: str) -> Tensor | None:
+    owner, parameter = (key, "weight") if key in modules else key.rpartition(".")[::2]
+    module = modules.get(owner)
+    if module is None or is_quantized(module):
+        return None
+    weight = dict(module.named_parameters(recurse=False)).get(parameter)
+    return None if weight is None or weight.is_meta or not weight.numel() else weight.detach()
 
 
 def _values(weight: Tensor) -> tuple[float, ...]:
@@ -141,5 +170,6 @@ def _numbers(values: object) -> tuple[float, ...] | None:
     if not isinstance(values, list):
         return None
     numbers = cast("list[object]", values)
-    fits = [float(v) for v in numbers if isinstance(v, float) or type(v) is int]
+    whole = [v for v in numbers if isinstance(v, float) or (type(v) is int and abs(v) < 1 << 62)]
+    fits = [float(v) for v in whole]
     return tuple(fits) if len(fits) == len(numbers) == _VALUES + 1 else None

@@ -19,7 +19,15 @@ from torch import Tensor
 from rankwise.errors import ArtifactError, UserError, gather
 from rankwise.io.files import missing, read_fault, write_chunks
 
-__all__ = ["TensorFile", "read_tensors", "shown", "strict_json", "write_tensors"]
+__all__ = [
+    "MAX_TENSORS",
+    "TensorFile",
+    "nonfinite",
+    "read_tensors",
+    "shown",
+    "strict_json",
+    "write_tensors",
+]
 
 MAX_HEADER = 32 * 1024 * 1024  # bytes; 100,000 tensors with long names need about 20 million
 MAX_TENSORS = 100_000
@@ -96,7 +104,7 @@ def read_tensors(path: str | os.PathLike[str], *, allow_nonfinite: bool = False)
     except OSError as error:
         raise read_fault(where, error) from error
     if not allow_nonfinite:
-        gather(ArtifactError, f"'{where}' holds numbers that are not finite", _nonfinite(tensors))
+        gather(ArtifactError, f"'{where}' holds numbers that are not finite", nonfinite(tensors))
     return TensorFile(tensors, metadata)
 
 
@@ -304,7 +312,8 @@ def _whole(value: object) -> list[int] | None:
     return whole if len(whole) == len(numbers) else None
 
 
-def _nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """One sentence for each tensor that holds NaN or infinity."""
     return [
         f"{shown(name)} has {int((~torch.isfinite(t)).sum()):,} of {t.numel():,} NaN or infinite. "
         "Training diverged, or the file is damaged; allow_nonfinite reads it all the same."
