@@ -1,0 +1,92 @@
+"""A transformers model of some task on the meta device, made from its config alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.errors import ArtifactError, UserError, nearest
+from rankwise.io.files import read_fault
+from rankwise.train.model import AUTO_CLASSES, import_transformers, load_config, quiet_transformers
+
+__all__ = ["make_skeleton", "task_of"]
+
+
+def make_skeleton(
+    source: str, task: str = "auto", labels: int = 2, revision: str | None = None
+) -> tuple[nn.Module, str]:
+    """The model without weights, every tensor on the meta device, and its task.
+
+    Args:
+        source: a folder with a config.json, the file itself under any name, or a name on a hub.
+        task: classification, regression or causal-lm; "auto" means what the architecture named in
+            the config does, or classification.
+        labels: classes of a classification head.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        UserError: there is no such folder or file, transformers does not know the architecture, or
+            the architecture has no such task.
+        ArtifactError: the config is damaged.
+        EnvironmentFault: transformers is not installed, or the hub cannot be reached.
+    """
+    transformers = import_transformers()
+    file = Path(source)
+    settings = _from_file(file) if file.is_file() else load_config(source, revision)
+    known = task_of(settings) if task == "auto" else task
+    if known == "classification":
+        settings.num_labels = labels
+    elif known == "regression":
+        settings.num_labels = 1
+    try:
+        with torch.device("meta"), quiet_transformers():
+            return getattr(transformers, AUTO_CLASSES[known]).from_config(settings), known
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0].partition(" Model type should be")[0]
+        raise UserError(f"'{source}' cannot be had for the task {known}: {first}") from error
+
+
+def task_of(settings: Any) -> str:
+    """The task that a model's config names by its architecture, or classification."""
+    names = settings.architectures or []
+    return "causal-lm" if any("LMHead" in n or "CausalLM" in n for n in names) else "classification"
+
+
+def _from_file(file: Path) -> Any:
+    """The transformers config in a JSON file."""
+    transformers = import_transformers()
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise read_fault(file, error) from error
+    except ValueError as error:
+        raise ArtifactError(f"'{file}' is not readable JSON: {error}.") from error
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(
+            f"'{file}' is no config of a transformers model: it has no model_type. Give the "
+            "config.json of a model, or the folder it lies in."
+        )
+    if raw.get("auto_map"):
+        raise UserError(
+            f"'{file}' asks to run code that comes with the model (auto_map). Rankwise never does. "
+            "Use a model whose architecture transformers itself knows."
+        )
+    kinds = transformers.CONFIG_MAPPING
+    if kind not in kinds:
+        raise UserError(
+            f"'{file}': transformers {transformers.__version__} knows no model_type '{kind}'."
+            f"{nearest(kind, kinds.keys())}"
+        )
+    try:
+        with quiet_transformers():
+            return kinds[kind].from_dict(raw)
+    except Exception as error:
+        checked = type(error).__module__.startswith("huggingface_hub")  # it checks the fields
+        if not checked and not isinstance(error, TypeError | ValueError):
+            raise
+        raise ArtifactError(f"'{file}' is damaged: {' '.join(str(error).split())}") from error
