@@ -6,10 +6,30 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rankwise.attaching import Attachment, attach, attachment, base, detach
+    from rankwise.attaching import (
+        Attachment,
+        attach,
+        attachment,
+        attachments,
+        base,
+        detach,
+        set_active,
+        set_trainable,
+        using,
+    )
     from rankwise.errors import ArtifactError, EnvironmentFault, RankwiseError, UserError
-    from rankwise.inits import Gaussian, Kaiming
+    from rankwise.inits import (
+        EVA,
+        Gaussian,
+        Kaiming,
+        LoftQ,
+        LoRAGA,
+        OLoRA,
+        Orthogonal,
+        PiSSA,
+    )
     from rankwise.io.adapters import load_adapter, save_adapter
+    from rankwise.layers import Split
     from rankwise.lowrank import Factors
     from rankwise.merging import (
         Certificate,
@@ -22,19 +42,58 @@ if TYPE_CHECKING:
         unmerge,
     )
     from rankwise.methods.adapter import Adapter, adapter_of
+    from rankwise.methods.combining import (
+        DARE,
+        SVD,
+        TIES,
+        Combined,
+        Concatenate,
+        Magnitude,
+        Majority,
+        combine,
+    )
     from rankwise.methods.full import Full
+    from rankwise.methods.groups import parameter_groups
     from rankwise.methods.head import HeadOnly
+    from rankwise.methods.hotswap import hotswap
     from rankwise.methods.lora import LoRA
+    from rankwise.train.exported import (
+        ExportError,
+        ExportReport,
+        Onnx,
+        TorchExport,
+        export_model,
+    )
 
 __version__ = "0.1.0"
 
 # Public names by the room that defines them. They are imported at first use, so that
 # `rankwise --help` answers without loading torch.
 _HOMES = {
-    "attaching": ("Attachment", "attach", "attachment", "base", "detach"),
+    "attaching": (
+        "Attachment",
+        "attach",
+        "attachment",
+        "attachments",
+        "base",
+        "detach",
+        "set_active",
+        "set_trainable",
+        "using",
+    ),
     "errors": ("ArtifactError", "EnvironmentFault", "RankwiseError", "UserError"),
-    "inits": ("Gaussian", "Kaiming"),
+    "inits": (
+        "EVA",
+        "Gaussian",
+        "Kaiming",
+        "LoRAGA",
+        "LoftQ",
+        "OLoRA",
+        "Orthogonal",
+        "PiSSA",
+    ),
     "io.adapters": ("load_adapter", "save_adapter"),
+    "layers": ("Split",),
     "lowrank": ("Factors",),
     "merging": (
         "Certificate",
@@ -47,40 +106,85 @@ _HOMES = {
         "unmerge",
     ),
     "methods.adapter": ("Adapter", "adapter_of"),
+    "methods.combining": (
+        "DARE",
+        "SVD",
+        "TIES",
+        "Combined",
+        "Concatenate",
+        "Magnitude",
+        "Majority",
+        "combine",
+    ),
     "methods.full": ("Full",),
+    "methods.groups": ("parameter_groups",),
     "methods.head": ("HeadOnly",),
+    "methods.hotswap": ("hotswap",),
     "methods.lora": ("LoRA",),
+    "train.exported": (
+        "ExportError",
+        "ExportReport",
+        "Onnx",
+        "TorchExport",
+        "export_model",
+    ),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "DARE",
+    "EVA",
+    "SVD",
+    "TIES",
     "Adapter",
     "ArtifactError",
     "Attachment",
     "Certificate",
+    "Combined",
+    "Concatenate",
     "EffectError",
     "EnvironmentFault",
+    "ExportError",
+    "ExportReport",
     "Factors",
     "Full",
     "Gaussian",
     "HeadOnly",
     "Kaiming",
     "LoRA",
+    "LoRAGA",
+    "LoftQ",
+    "Magnitude",
+    "Majority",
     "MergeError",
+    "OLoRA",
+    "Onnx",
+    "Orthogonal",
+    "PiSSA",
     "RankwiseError",
+    "Split",
+    "TorchExport",
     "UserError",
     "adapter_of",
     "attach",
     "attachment",
+    "attachments",
     "base",
     "check_effect",
+    "combine",
     "detach",
     "effects",
+    "export_model",
+    "hotswap",
     "load_adapter",
     "merge",
     "merged",
+    "parameter_groups",
     "save_adapter",
+    "set_active",
+    "set_trainable",
     "unmerge",
+    "using",
 ]
 
 

@@ -1,20 +1,26 @@
-"""Run folders as the training room writes them, a report made of them, and a reader of HTML."""
+"""Run folders as the training room writes them, a report of them, and readers of its HTML."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+import numpy as np
 import pytest
 
 from rankwise.lab.records import RunRecord, read_run
 from rankwise.lab.report import write_report
+from rankwise.train.answers import NAME, Answers, write_answers
 
 BASE = 22_713_216
 HEAD = 3_080
@@ -52,6 +58,8 @@ def manifest(
             "trainable": trainable,
         },
         "seconds": {"train": 20.0 + trainable / 4e5, "eval": 3.1},
+        "memory": {"of": "process", "peak": 500_000_000 + 16 * trainable},
+        "diverged": False,
         "artifact_bytes": 4 * trainable + 1500,
         "status": "finished",
         "data": {
@@ -85,6 +93,23 @@ def events(accuracy: float, epochs: int, per_epoch: int) -> list[dict[str, Any]]
     return lines
 
 
+def answers(name: str, accuracy: float, seed: int, rows: int) -> Answers:
+    """Answers with that many right: the rows differ in difficulty, each run has luck of its own."""
+    difficulty = np.random.default_rng(0).normal(size=rows)
+    luck = np.random.default_rng([crc32(name.encode("utf-8", "replace")), seed]).normal(size=rows)
+    right = np.zeros(rows)
+    right[np.argsort(difficulty + 0.5 * luck)[: round(accuracy * rows)]] = 1
+    ones = np.ones(rows)
+    return Answers(
+        rows=np.arange(rows),
+        losses=1.2 - right,
+        targets=ones.astype(int),
+        labels=ones,
+        predictions=right,
+        classes=2,
+    )
+
+
 def write_run(
     parent: Path,
     name: str,
@@ -95,6 +120,7 @@ def write_run(
     rows: int = 872,
     edit: Edit | None = None,
     log: list[dict[str, Any]] | None = None,
+    answered: bool = True,
 ) -> Path:
     """Write a run folder inside ``parent``; ``edit`` may change the manifest first."""
     tree = manifest(name, copy.deepcopy(method), accuracy, seed, rows)
@@ -106,6 +132,9 @@ def write_run(
     (folder / "manifest.json").write_text(json.dumps(tree), "utf-8")
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text, "utf-8")
+    if answered and tree.get("data", {}).get("eval") is not None:
+        made = answers(name, accuracy, seed, rows)
+        write_answers(folder / NAME, made, tree["data"]["eval"]["fingerprint"])
     return folder
 
 
@@ -240,3 +269,81 @@ class Page(HTMLParser):
 def parse() -> Callable[[Path | str], Page]:
     """Reads an HTML file, or HTML text, with Python's own parser."""
     return lambda page: Page(page if isinstance(page, str) else page.read_text("utf-8"))
+
+
+# --- pages in a browser --------------------------------------------------------------------------
+
+MEASURE = """
+<script>
+addEventListener("load", () => {
+  const size = e => { const b = e.getBoundingClientRect(); return [b.width, b.height]; };
+  const found = {
+    figures: Object.fromEntries([...document.querySelectorAll("figure")]
+      .map(f => [f.id, size(f.querySelector("svg.plot"))])),
+    marks: [...document.querySelectorAll("svg.plot use, svg.plot path")]
+      .filter(e => getComputedStyle(e).stroke === "none" && getComputedStyle(e).fill === "none")
+      .length,
+    drawn: document.querySelectorAll("svg.plot use, svg.plot path").length,
+    wide: document.documentElement.scrollWidth, window: innerWidth,
+    small: Math.min(...[...document.querySelectorAll("svg.plot text")]
+      .map(t => t.getBoundingClientRect().height)),
+    outside: [...document.querySelectorAll("svg.plot text")].filter(t => {
+      const b = t.getBoundingClientRect(), s = t.ownerSVGElement.getBoundingClientRect();
+      return b.left < s.left - 2 || b.right > s.right + 2 || b.bottom > s.bottom + 2;
+    }).map(t => t.textContent),
+    loaded: performance.getEntriesByType("resource").map(e => e.name)
+      .filter(n => !n.startsWith("data:")),
+    ground: getComputedStyle(document.body).backgroundColor,
+    line: getComputedStyle(document.querySelector("path[style*='stroke: var(--c2)']")).stroke,
+  };
+  document.title = "measured " + JSON.stringify(found);
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        pytest.skip("chromium is not installed")
+    return found
+
+
+@pytest.fixture
+def measure_page(
+    chromium: str, tmp_path: Path, parse: Callable[[Path | str], Page]
+) -> Callable[..., dict[str, Any]]:
+    """Says what a browser lays out of a page, in a window of some width.
+
+    The page's own ban on scripts is lifted for the measurement. Headless windows may not be made
+    narrow, so the page is laid out in a frame of that width.
+    """
+
+    def measure(page: Path, width: int, *options: str) -> dict[str, Any]:
+        text = re.sub(
+            r'<meta http-equiv="Content-Security-Policy".*?>', "", page.read_text("utf-8")
+        )
+        copy = tmp_path / "measured.html"
+        copy.write_text(text.replace("</body>", MEASURE + "</body>"), "utf-8")
+        frame = tmp_path / "frame.html"
+        frame.write_text(
+            f'<iframe src="measured.html" style="width:{width}px;height:900px;border:0"></iframe>'
+            '<script>addEventListener("load", () => setTimeout(() => {'
+            "document.title = document.querySelector('iframe').contentDocument.title}, 300))"
+            "</script>",
+            "utf-8",
+        )
+        words = [
+            *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *("--allow-file-access-from-files", "--virtual-time-budget=4000"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000"),
+            *(*options, "--dump-dom", frame.as_uri()),
+        ]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+        title = next(text for text in parse(done.stdout).texts if text.startswith("measured "))
+        return json.loads(title.removeprefix("measured "))
+
+    return measure

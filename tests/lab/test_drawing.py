@@ -15,7 +15,7 @@ import pytest
 from rankwise.errors import EnvironmentFault
 from rankwise.lab import drawing
 from rankwise.lab.drawing import Figure, Style, drawable, line_swatch, name_axes, render
-from rankwise.lab.report import TEMPLATES
+from rankwise.lab.page import TEMPLATES
 
 HOSTILE = 'x"> url(#a) #0a0001 font-family: y; $\\frac$ <script>&amp;'
 

@@ -3,19 +3,28 @@
 import math
 import re
 import xml.etree.ElementTree as ET
-from statistics import fmean
 
 import pytest
 
 from rankwise.lab import figures
+from rankwise.lab.comparing import comparisons
+from rankwise.lab.costs import peak_memory, wall_time
+from rankwise.lab.curves import evaluation_curves, training_curves
 from rankwise.lab.settings import group_runs
 
+
+def beside_reference(settings):
+    return figures.beside_reference(settings, comparisons(settings))
+
+
 ALL = (
-    figures.training_curves,
-    figures.evaluation_curves,
+    training_curves,
+    evaluation_curves,
     figures.quality_by_rank,
     figures.quality_by_size,
-    figures.wall_time,
+    beside_reference,
+    wall_time,
+    peak_memory,
 )
 
 
@@ -30,9 +39,11 @@ def test_every_figure_can_be_read_without_being_seen(sweep, draw):
     assert figure == draw(settings)
     assert figure.title
     assert figure.caption.endswith(".")
-    assert all(setting.label in figure.alt for setting in settings if "rank" not in figure.name)
+    some = figure.name in ("quality-by-rank", "beside-reference")
+    assert some or all(setting.label in figure.alt for setting in settings)
     assert {len(row) for row in figure.rows} == {len(figure.columns)}
-    assert {row[0] for row in figure.rows} == {setting.label for setting in settings}
+    missing = {"full fine-tuning"} if figure.name == "beside-reference" else set()
+    assert {row[0] for row in figure.rows} == {setting.label for setting in settings} - missing
     assert "One seed." in figure.caption
 
 
@@ -43,49 +54,12 @@ def test_axes_are_named_with_their_units(sweep, draw):
         "evaluation": ("epoch", "accuracy (%)"),
         "quality-by-rank": ("rank r of LoRA (logarithmic)", "accuracy (%)"),
         "quality-by-size": ("trained parameters (logarithmic)", "accuracy (%)"),
+        "beside-reference": ("accuracy less that of the reference (points)",),
         "wall-time": ("wall time of training (seconds)",),
+        "peak-memory": ("peak memory (MB)",),
     }
     figure = draw(group_runs(sweep))
     assert set(wanted[figure.name]) <= set(texts(figure))
-
-
-def test_training_points_are_means_of_the_log(record, lora):
-    run = record("LoRA r=8", lora(8))
-    figure = figures.training_curves(group_runs([run]), points=7)
-    assert [row[4] for row in figure.rows] == [18] * 6 + [12]
-    assert figure.rows[0][2] == pytest.approx(fmean(e.epoch for e in run.training[:18]))
-    assert figure.rows[0][3] == pytest.approx(fmean(e.loss for e in run.training[:18]))
-    assert "Log entries behind each point: 12 to 18." in figure.caption
-
-
-def test_a_loss_that_is_not_finite_is_left_out_and_counted(record):
-    log = [
-        {"event": "train", "step": n, "epoch": n / 10, "loss": math.nan if n % 2 else 1.0}
-        for n in range(1, 11)
-    ]
-    figure = figures.training_curves(group_runs([record("head", {"method": "head"}, log=log)]))
-    assert [row[3] for row in figure.rows] == [1.0] * 5
-    assert "left out because their loss is not finite: 5." in figure.caption
-
-
-def test_a_single_point_is_drawn_as_a_mark(record):
-    log = [{"event": "train", "step": 1, "epoch": 0.1, "loss": 1.0}]
-    figure = figures.training_curves(group_runs([record("head", {"method": "head"}, log=log)]))
-    uses = [e.get("style", "") for e in ET.fromstring(figure.svg).iter("use")]
-    assert any("var(--c6)" in style for style in uses)
-
-
-def test_evaluations_are_those_of_the_log(record, lora):
-    run = record("LoRA r=8", lora(8))
-    figure = figures.evaluation_curves(group_runs([run]))
-    assert figure.rows == tuple(
-        ("LoRA r=8", 0, e.epoch, e.metrics["accuracy"]) for e in run.evaluations
-    )
-
-
-@pytest.mark.parametrize("draw", [figures.training_curves, figures.evaluation_curves])
-def test_there_is_no_curve_without_a_log(record, draw):
-    assert draw(group_runs([record("head", {"method": "head"}, log=[])])) is None
 
 
 def test_ranks_stand_at_their_places_and_references_lie_level(sweep):
@@ -97,9 +71,9 @@ def test_ranks_stand_at_their_places_and_references_lie_level(sweep):
         "full fine-tuning",
     ]
     by_label = {row[0]: row for row in figure.rows}
-    assert by_label["LoRA r=8"][1:3] == (8, 0.771)
-    assert by_label["head only"][1:3] == (None, 0.603)
-    assert by_label["head only"][3] == pytest.approx(math.sqrt(0.603 * 0.397 / 872))
+    assert by_label["LoRA r=8"][1:4] == (8, 16.0, 0.771)
+    assert by_label["head only"][1:4] == (None, None, 0.603)
+    assert by_label["head only"][4] == pytest.approx(math.sqrt(0.603 * 0.397 / 872), rel=1e-3)
 
 
 def test_the_rank_axis_is_logarithmic(sweep):
@@ -116,6 +90,50 @@ def test_lora_runs_of_another_kind_are_joined_apart(record, lora):
     figure = figures.quality_by_rank(group_runs(runs))
     assert {key.label for key in figure.key} == {"LoRA, query, value", "LoRA, all-linear"}
     assert "side by side" in figure.caption
+
+
+def test_both_rules_for_alpha_have_a_line_and_share_a_mark(record, lora):
+    runs = [record(f"LoRA r={r}", lora(r), 0.7 + r / 100) for r in (2, 4, 8)]
+    runs += [record(f"LoRA r={r}, fixed", lora(r, alpha=16.0), 0.7) for r in (2, 4)]
+    figure = figures.quality_by_rank(group_runs(runs))
+    assert [key.label for key in figure.key] == ["LoRA, α = 2·r", "LoRA, α = 16"]
+    marks = [e for e in ET.fromstring(figure.svg).iter("use") if "var(--" in e.get("style", "")]
+    lines = {m[1] for m in (re.search(r"fill: (var\(--\w+\))", e.get("style")) for e in marks) if m}
+    assert {"var(--ink)", "var(--muted)"} <= lines
+    assert len(figure.rows) == 5
+
+
+def test_many_level_lines_have_no_bands(record, lora):
+    others = [record(kind, {"method": kind}, 0.7) for kind in ("head", "full", "bitfit")]
+    one = record("LoRA r=2", lora(2))
+    few = figures.quality_by_rank(group_runs([one, *others[:2]]))
+    many = figures.quality_by_rank(group_runs([one, *others]))
+    assert few.caption.startswith("Bars and bands reach")
+    assert many.caption.startswith("Bars reach")
+    assert (few.svg.count("opacity: 0.12"), many.svg.count("opacity: 0.12")) == (2, 0)
+
+
+def test_differences_from_the_reference_are_those_that_were_tested(sweep):
+    settings = group_runs(sweep)
+    made = comparisons(settings)
+    figure = beside_reference(settings)
+    for row, found in zip(figure.rows, made, strict=True):
+        half = found.noise.half_width()
+        assert row[:4] == (
+            found.setting.label,
+            found.difference,
+            found.difference - half,
+            found.difference + half,
+        )
+        assert row[-3:] == (found.p, found.corrected, found.verdict)
+    assert "Worse than it: head only, LoRA r=1 and LoRA r=2." in figure.alt
+    hollow = figure.svg.count("fill: none")
+    assert hollow >= 4  # the four that are not told apart
+
+
+def test_there_are_no_differences_without_answers(record):
+    runs = [record(kind, {"method": kind}, answered=False) for kind in ("head", "full")]
+    assert beside_reference(group_runs(runs)) is None
 
 
 def test_there_is_no_figure_by_rank_without_a_scored_lora_run(record, lora):
@@ -155,73 +173,15 @@ def test_a_lower_loss_is_better(record, lora):
         tree["metric"] = "loss"
 
     runs = [
-        record("head", {"method": "head"}, 0.6, edit=by_loss),
-        record("LoRA r=2", lora(2), 0.5, edit=by_loss),
-        record("LoRA r=4", lora(4), 0.7, edit=by_loss),
+        record("head", {"method": "head"}, 0.6, edit=by_loss, answered=False),
+        record("LoRA r=2", lora(2), 0.5, edit=by_loss, answered=False),
+        record("LoRA r=4", lora(4), 0.7, edit=by_loss, answered=False),
     ]
     figure = figures.quality_by_size(group_runs(runs))
     assert [row[4] for row in figure.rows] == ["yes", "no", "yes"]
     assert "(lower is better)" in figure.caption
     assert "No standard error" in figure.caption
     assert "loss" in texts(figure)
-
-
-def bar_lengths(figure):
-    """Widths of the filled rectangles that are drawn in a colour of a series."""
-    paths = [
-        e.get("d")
-        for e in ET.fromstring(figure.svg).iter("path")
-        if re.search(r"fill: var\(--[cr]\d\)", e.get("style", ""))
-    ]
-    xs = [[float(x) for x in re.findall(r"[ML] (-?[\d.]+) ", d)] for d in paths]
-    return [max(x) - min(x) for x in xs]
-
-
-def test_bars_are_as_long_as_the_times(sweep):
-    settings = group_runs(sweep)
-    lengths = bar_lengths(figures.wall_time(settings))
-    times = [setting.seconds for setting in settings]
-    assert len(lengths) == len(times)
-    ratios = [length / time for length, time in zip(lengths, times, strict=True)]
-    assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-3)
-
-
-def test_long_times_are_in_minutes(record):
-    def slow(tree):
-        tree["seconds"]["train"] = 900.0
-
-    figure = figures.wall_time(group_runs([record("x" * 40, {"method": "head"}, edit=slow)]))
-    assert "wall time of training (minutes)" in texts(figure)
-    assert "15" in texts(figure)
-    assert figure.rows == (("x" * 40, 900.0, 1),)
-    assert "x" * 21 + "…" in texts(figure)
-
-
-def test_there_are_no_bars_without_times(record):
-    run = record("head", {"method": "head"}, edit=lambda m: m["seconds"].update(train=math.nan))
-    assert figures.wall_time(group_runs([run])) is None
-
-
-def test_seeds_are_told(record, lora):
-    runs = [record("head", {"method": "head"}, seed=s) for s in range(3)]
-    runs.append(record("LoRA", lora(8)))
-    for draw in ALL:
-        assert "Seeds per method: 1 to 3." in draw(group_runs(runs)).caption
-    assert len(figures.evaluation_curves(group_runs(runs)).rows) == 16
-
-
-def test_styles_are_the_same_in_every_figure_and_no_two_are_alike(sweep, record, lora):
-    others = [record(f"other {n}", {"method": "bitfit", "n": n}) for n in range(5)]
-    others.append(record("head again", {"method": "head", "deep": True}))
-    settings = group_runs([*sweep, *others])
-    styles = figures.styles_of(settings)
-    assert len(set(styles)) == len(settings)
-    by_label = {s.label: style for s, style in zip(settings, styles, strict=True)}
-    ramp = [by_label[f"LoRA r={r}"].colour for r in (1, 2, 4, 8, 16, 32)]
-    assert ramp == sorted(ramp)
-    assert len(set(ramp)) == 6
-    keys = {key.label: key.swatch for key in figures.training_curves(settings).key}
-    assert keys["LoRA r=8"] == by_label["LoRA r=8"].swatch(marker=False)
 
 
 @pytest.mark.parametrize(
@@ -233,3 +193,10 @@ def test_hostile_names_are_drawn_as_text(record, lora, name):
         figure = draw(settings)
         assert "<script" not in figure.svg
         ET.fromstring(figure.svg)
+
+
+def test_seeds_are_told(record, lora):
+    runs = [record("head", {"method": "head"}, seed=s) for s in range(3)]
+    runs.append(record("LoRA", lora(8)))
+    for draw in ALL:
+        assert "Seeds per method: 1 to 3." in draw(group_runs(runs)).caption

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from urllib.parse import unquote
 
 import pytest
@@ -18,10 +19,12 @@ from rankwise.lab.report import summary_table, write_report
 FIGURES = [
     "quality-by-rank",
     "quality-by-size",
+    "beside-reference",
     "training-loss",
     "evaluation",
     "update-spectrum",
     "wall-time",
+    "peak-memory",
 ]
 
 
@@ -225,6 +228,7 @@ def variants():
 
     def bare(tree):
         tree.update(status="running", metrics={}, artifact_bytes=None, versions={}, hardware={})
+        tree["memory"] = None
         tree["data"]["eval"] = None
         tree["seconds"] = {"train": float("nan"), "eval": None}
 
@@ -233,11 +237,11 @@ def variants():
         "one run": ([("LoRA", lora, None)], ["quality-by-rank", "quality-by-size"]),
         "no LoRA": (
             [("head", {"method": "head"}, None), ("full", {"method": "full"}, None)],
-            ["quality-by-size"],
+            ["quality-by-size", "beside-reference"],
         ),
         "no head": (
             [("LoRA", lora, None), ("full", {"method": "full"}, None)],
-            ["quality-by-rank", "quality-by-size"],
+            ["quality-by-rank", "quality-by-size", "beside-reference"],
         ),
         "a score that is no number": (
             [("head", {"method": "head"}, nan), ("LoRA", lora, None)],
@@ -256,7 +260,8 @@ def test_odd_sets_of_runs_make_a_page(tmp_path, record, name, parse):
     found = parse(write_report(tmp_path / "r.html", title=name, runs=runs))
     assert found.wrong == []
     ids = [a["id"] for a in found.all("figure")]
-    assert ids == ([] if drawn is None else [*drawn, "training-loss", "evaluation", "wall-time"])
+    others = ["training-loss", "evaluation", "wall-time", "peak-memory"]
+    assert ids == ([] if drawn is None else [*drawn, *others])
     assert "Not drawn: a figure" in found.text
     assert "nan" not in found.text.lower().split()
     assert summary_table(runs)
@@ -284,11 +289,50 @@ def test_a_folder_is_no_file(tmp_path, sweep):
         write_report(tmp_path, title="t", runs=sweep)
 
 
-def test_what_cannot_be_written_is_the_machines_fault(tmp_path, sweep):
+def test_a_file_in_the_place_of_a_folder_is_the_users_mistake(tmp_path, sweep):
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(EnvironmentFault, match="cannot be written") as caught:
+    with pytest.raises(UserError, match="cannot be written") as caught:
         write_report(tmp_path / "file" / "r.html", title="t", runs=sweep)
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 2
+
+
+def test_the_numbers_stand_beside_the_page_as_well(tmp_path, sweep, spectra, parse):
+    path = write_report(
+        tmp_path / "r.html", title="t", runs=sweep, spectra=spectra, numbers=tmp_path / "csv"
+    )
+    names = {file.name for file in (tmp_path / "csv").iterdir()}
+    assert names == {f"{name}.csv" for name in [*FIGURES, "methods", "runs"]}
+    links = {a["download"]: a["href"] for a in parse(path).all("a")}
+    for name in FIGURES:
+        embedded = unquote(links[f"{name}.csv"].removeprefix("data:text/csv;charset=utf-8,"))
+        assert (tmp_path / "csv" / f"{name}.csv").read_text("utf-8") == embedded
+    with (tmp_path / "csv" / "methods.csv").open(encoding="utf-8") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert float(rows["LoRA r=8"]["accuracy"]) == 0.771
+    assert int(rows["LoRA r=8"]["parameters: adapter"]) == 73_728
+    with (tmp_path / "csv" / "runs.csv").open(encoding="utf-8") as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["0"] * len(sweep)
+
+
+def test_the_page_compares_with_the_reference_that_was_named(tmp_path, sweep, parse):
+    text = parse(write_report(tmp_path / "r.html", title="t", runs=sweep, reference="head")).text
+    assert "Every method beside head only" in text
+    assert "full fine-tuning 18.6 points" in text
+    with pytest.raises(UserError, match="'nobody'"):
+        write_report(tmp_path / "r.html", title="t", runs=sweep, reference="nobody")
+
+
+def test_further_sections_follow_the_figures(tmp_path, sweep, parse):
+    from rankwise.lab.costs import wall_time
+    from rankwise.lab.report import Section
+    from rankwise.lab.settings import group_runs
+
+    more = replace(wall_time(group_runs(sweep)), name="more")
+    section = Section("rates", "How the rates were chosen", ("By <search>.",), (more,))
+    found = parse(write_report(tmp_path / "r.html", title="t", runs=sweep, sections=[section]))
+    assert found.wrong == []
+    assert [a["id"] for a in found.all("figure")][-1] == "more"
+    assert "How the rates were chosen By <search>." in found.text
 
 
 def test_no_runs_make_no_report(tmp_path):
@@ -320,7 +364,7 @@ def test_the_table_is_aligned(sweep):
     ]
     assert all(cell for cell in cells)
     row = next(line for line in lines if line.startswith("LoRA r=8"))
-    wanted = "LoRA r=8 8 16 77.1 % 1.4 73,728 73,728 76,808 0.338 % 20.2 s 309 kB"
+    wanted = "LoRA r=8 8 16 77.1 % 1.4 73,728 73,728 76,808 0.338 % 20.2 s 501 MB 309 kB"
     assert " ".join(row.split()) == wanted
 
 

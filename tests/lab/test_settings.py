@@ -4,8 +4,17 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from rankwise.lab.settings import compare, differences, group_runs, higher_is_better, pareto
+from rankwise.lab.noise import holm
+from rankwise.lab.settings import (
+    against,
+    compare,
+    differences,
+    group_runs,
+    higher_is_better,
+    pareto,
+)
 
 
 def one(run):
@@ -98,12 +107,28 @@ def test_the_standard_error_of_an_accuracy_is_that_of_its_rows(record):
     setting = one(record("head", {"method": "head"}, 0.7, rows=500))
     drawn = np.random.default_rng(0).binomial(500, 0.7, size=200_000) / 500
     assert setting.standard_error == pytest.approx(drawn.std(), rel=0.01)
+    bare = one(record("head", {"method": "head"}, 0.7, rows=500, answered=False))
+    assert bare.standard_error == pytest.approx(drawn.std(), rel=0.01)
 
 
 def test_the_spread_over_seeds_is_added(record):
     scores = [0.70, 0.72, 0.77]
+    runs = [record("head", {"method": "head"}, s, seed=i, rows=500) for i, s in enumerate(scores)]
+    right = np.stack([run.answers.labels == run.answers.predictions for run in runs], axis=1)
+    between = np.var(scores, ddof=1) / 3
+    rows = right.mean(axis=1).var(ddof=1) / 500
+    assert one_of(runs).standard_error == pytest.approx(math.sqrt(rows + between))
+    assert one_of(runs).interval == pytest.approx(stats.t.isf(0.025, 2) * math.sqrt(between))
+    assert one(runs[0]).interval is None
+
+
+def test_without_answers_the_rows_count_in_full(record):
+    scores = [0.70, 0.72, 0.77]
     setting = one_of(
-        [record("head", {"method": "head"}, s, seed=i, rows=500) for i, s in enumerate(scores)]
+        [
+            record("head", {"method": "head"}, s, seed=i, rows=500, answered=False)
+            for i, s in enumerate(scores)
+        ]
     )
     mean = np.mean(scores)
     between = np.var(scores, ddof=1) / 3
@@ -114,13 +139,19 @@ def judged_by(metric):
     return lambda m: m.update(metric=metric)
 
 
-def test_other_metrics_have_an_error_only_over_seeds(record):
+def test_without_answers_other_metrics_have_an_error_only_over_seeds(record):
     runs = [
-        record("head", {"method": "head"}, s, seed=i, edit=judged_by("f1"))
+        record("head", {"method": "head"}, s, seed=i, edit=judged_by("f1"), answered=False)
         for i, s in enumerate([0.70, 0.74])
     ]
     assert one(runs[0]).standard_error is None
     assert one_of(runs).standard_error == pytest.approx(np.std([0.67, 0.71], ddof=1) / math.sqrt(2))
+
+
+def test_with_answers_other_metrics_have_one_over_rows(record):
+    run = record("head", {"method": "head"}, 0.7, rows=500, edit=judged_by("loss"))
+    losses = run.answers.losses
+    assert one(run).standard_error == pytest.approx(losses.std(ddof=1) / math.sqrt(500))
 
 
 @pytest.mark.parametrize(
@@ -135,21 +166,56 @@ def test_a_score_of_one_has_no_error(record):
     assert one(record("head", {"method": "head"}, 1.0)).standard_error == 0.0
 
 
+def test_peak_memory_is_known_when_every_run_knows_it(record):
+    def forgets(tree):
+        tree["memory"] = None
+
+    runs = [record("head", {"method": "head"}, seed=s) for s in (0, 1)]
+    assert one_of(runs).peak_bytes == runs[0].peak_bytes
+    runs.append(record("head", {"method": "head"}, seed=2, edit=forgets))
+    assert one_of(runs).peak_bytes is None
+
+
 # --- comparisons ---------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_clear_from_twice_the_error_on(record, lora):
+def right(run):
+    return (run.answers.labels == run.answers.predictions).astype(float)
+
+
+def test_a_comparison_is_the_paired_test_over_the_rows(record, lora):
     head = one(record("head", {"method": "head"}, 0.70, rows=1000))
-    near = one(record("LoRA r=1", lora(1), 0.73, rows=1000))
+    near = one(record("LoRA r=1", lora(1), 0.71, rows=1000))
     far = one(record("LoRA r=2", lora(2), 0.75, rows=1000))
-    error = math.sqrt(0.7 * 0.3 / 1000 + 0.73 * 0.27 / 1000)
-    found = compare(head, near)
-    assert (found.better, found.worse) == (near, head)
-    assert found.difference == pytest.approx(0.03)
-    assert found.standard_error == pytest.approx(error)
-    assert not found.clear
-    assert compare(far, head).clear
-    assert compare(head, far).clear
+    found = compare(far, head)
+    wanted = stats.ttest_rel(right(far.first), right(head.first))
+    assert (found.setting, found.reference) == (far, head)
+    assert found.difference == pytest.approx(0.05)
+    assert found.p == found.corrected == pytest.approx(wanted.pvalue)
+    assert (found.clear, found.verdict) == (True, "better")
+    back = compare(head, far)
+    assert back.difference == pytest.approx(-0.05)
+    assert (back.p, back.verdict) == (pytest.approx(found.p), "worse")
+    assert compare(near, head).verdict == "not told apart"
+
+
+def test_seeds_that_differ_widen_the_noise(record, lora):
+    head = one_of(
+        [record("head", {"method": "head"}, p, seed=s) for s, p in enumerate([0.70, 0.70, 0.70])]
+    )
+    steady = one_of([record("a", lora(1), 0.74, seed=s) for s in range(3)])
+    wild = one_of([record("b", lora(2), p, seed=s) for s, p in enumerate([0.70, 0.74, 0.78])])
+    assert compare(steady, head).verdict == "better"
+    assert compare(wild, head).verdict == "not told apart"
+
+
+def test_holms_correction_is_over_all_that_were_compared(record, lora):
+    head = one(record("head", {"method": "head"}, 0.70, rows=1000))
+    others = [one(record(f"LoRA r={r}", lora(r), 0.72 + r / 200, rows=1000)) for r in (1, 2, 4)]
+    alone = [compare(other, head).p for other in others]
+    assert [c.p for c in against(head, others)] == alone
+    assert [c.corrected for c in against(head, others)] == holm(alone)
+    assert against(head, []) == []
 
 
 def test_equal_scores_are_never_clear(record, lora):
@@ -157,15 +223,21 @@ def test_equal_scores_are_never_clear(record, lora):
     assert not compare(*settings).clear
 
 
-def test_without_an_error_nothing_is_clear(record, lora):
-    runs = [
-        record("head", {"method": "head"}, 0.1, edit=judged_by("f1")),
-        record("LoRA", lora(8), 0.9, edit=judged_by("f1")),
-    ]
-    found = compare(*group_runs(runs))
-    assert found.better.label == "LoRA"
-    assert found.standard_error is None
-    assert not found.clear
+def test_without_answers_nothing_is_clear(record, lora):
+    head = one(record("head", {"method": "head"}, 0.1))
+    bare = one(record("LoRA", lora(8), 0.9, answered=False))
+    found = compare(bare, head)
+    assert found.difference == pytest.approx(0.8)
+    assert (found.noise, found.p, found.clear, found.verdict) == (None, None, False, "not known")
+    both = against(head, [bare, one(record("LoRA", lora(4), 0.9))])
+    assert [c.verdict for c in both] == ["not known", "better"]
+    assert both[1].corrected == both[1].p  # nothing is corrected for what was not tested
+
+
+def test_answers_to_other_rows_are_not_paired(record, lora):
+    head = one(record("head", {"method": "head"}, 0.5, rows=100))
+    other = one(record("LoRA", lora(8), 0.9, rows=80))
+    assert compare(head, other).noise is None
 
 
 def test_a_loss_is_better_when_it_is_lower(record, lora):
@@ -176,7 +248,7 @@ def test_a_loss_is_better_when_it_is_lower(record, lora):
     head, low = group_runs(runs)
     assert low.score < head.score
     assert low.better_by(head) == pytest.approx(0.4)
-    assert compare(head, low).better is low
+    assert compare(low, head).verdict == "better"
     assert higher_is_better("accuracy")
     assert not higher_is_better("perplexity")
 

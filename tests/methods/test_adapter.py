@@ -97,7 +97,7 @@ def test_putting_an_adapter_on_writes_nothing_into_it():
     twin = Model()
     rw.attach(twin, adapter)
     with torch.no_grad():
-        twin.get_parameter("body.lora_B").zero_()
+        twin.get_parameter("body.updates.default.lora_B").zero_()
     assert torch.equal(adapter.factors["body"].B, before)
 
 
@@ -111,7 +111,7 @@ def test_an_adapter_of_another_base_is_refused_with_everything_that_is_wrong():
         rw.attach(other, adapter)
     message = str(caught.value)
     assert "no module 'tokens'. Did you mean 'tokns'?" in message
-    assert "'body' maps 5 to 6 in the model and 6 to 6 in the adapter" in message
+    assert "'body' maps 5 to 6 in the model and maps 6 to 6 in the adapter" in message
     assert "no module 'norm'" in message
     assert "module 'head' holds {'weight': (3, 6)" in message
     assert list(other.state_dict()) == keys

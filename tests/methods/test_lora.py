@@ -127,7 +127,9 @@ def test_patterns_reach_the_layers():
         ),
     )
     ends = {n.removeprefix("bert.encoder."): layer for n, layer in lora_layers(model).items()}
-    assert {n: (layer.lora_A.shape[0], round(layer.scale, 6)) for n, layer in ends.items()} == {
+    assert {
+        n: (layer.update.lora_A.shape[0], round(layer.update.scale, 6)) for n, layer in ends.items()
+    } == {
         "layer.0.attention.self.query": (4, 2.0),
         "layer.0.attention.self.value": (2, round(4 / math.sqrt(2), 6)),
         "layer.1.attention.self.query": (4, 6.0),
@@ -232,7 +234,8 @@ def test_a_tied_weight_may_be_adapted_once_and_it_is_said():
     record = rw.attach(model, rw.LoRA(r=2, target_modules=["embed_tokens"]))
     assert record.notes[0] == (
         "'model.embed_tokens' shares its weight with lm_head: the update applies to "
-        "'model.embed_tokens' only, and merging gives it a weight of its own."
+        "'model.embed_tokens' only, and merging gives it a weight of its own (tied=True puts it "
+        "on both)."
     )
 
 

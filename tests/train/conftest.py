@@ -56,7 +56,7 @@ def make(
         metric = "accuracy" if train.task == "classification" else "perplexity"
         saved = [0]
         loop = Loop(
-            base.model, both[0], both[1], config, metric, out, lambda: saved.append(1), witness
+            base.model, both[0], both[1], config, metric, out, lambda _: saved.append(1), witness
         )
         return loop
 

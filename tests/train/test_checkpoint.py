@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import ArtifactError
+from rankwise.methods.groups import parameter_groups
 from rankwise.train import checkpoint
 from rankwise.train.checkpoint import Progress
 from rankwise.train.optim import adamw, set_rate
@@ -20,7 +21,7 @@ Trained = tuple[nn.Module, dict[str, nn.Parameter], torch.optim.Optimizer]
 def network() -> Trained:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2, bias=False))
     parameters = dict(model.named_parameters())
-    return model, parameters, adamw(parameters.values(), 0.01)
+    return model, parameters, adamw(parameter_groups(model, 0.0, weight_decay=0.01))
 
 
 def step(trained: Trained) -> None:
@@ -171,7 +172,7 @@ def test_parameters_of_another_run_do_not_fit(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4, bias=False))
     parameters = dict(model.named_parameters())
     with pytest.raises(ArtifactError, match="other parameters"):
-        checkpoint.load_newest(tmp_path, parameters, adamw(parameters.values(), 0.0), CPU)
+        checkpoint.load_newest(tmp_path, parameters, adamw(parameter_groups(model, 0.0)), CPU)
 
 
 def test_a_checkpoint_of_another_format_is_not_guessed_at(tmp_path: Path) -> None:

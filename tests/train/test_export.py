@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rankwise.attaching import base as without_updates
 from rankwise.errors import RankwiseError, UserError
 from rankwise.train.config import FitConfig
 from rankwise.train.export import merge_run
+from rankwise.train.exported import Onnx, TorchExport
 from rankwise.train.model import fingerprint_folder
 from rankwise.train.restore import restore
 from rankwise.train.run import fit
@@ -168,6 +170,71 @@ def test_the_last_adapter_may_be_merged(options: Callable[..., FitConfig], tmp_p
     for which in ("adapter", "last"):
         merge_run(run, tmp_path / which, which=which)
     assert fingerprint_folder(tmp_path / "adapter") != fingerprint_folder(tmp_path / "last")
+
+
+# -- further files --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["single", "gpt2", "llama"])
+def test_what_is_exported_computes_what_the_folder_computes(
+    finished: Finished, tmp_path: Path, witness: Any, kind: str
+) -> None:
+    """Text by the folder's own tokenizer, run by onnxruntime, torch.export and transformers."""
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "merged"
+    merge_run(finished(kind), out, exports=[Onnx(), TorchExport()], reporter=witness)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    program = torch.export.load(out / "model.pt2").module()
+    plain = load(out)
+    wanted = {entry.name for entry in session.get_inputs()}
+    assert {"input_ids", "attention_mask"} <= wanted
+    for texts in (["a good story"], ["the film", "one dull old house and its people", "bad"]):
+        batch = dict(tokenizer(texts, return_tensors="pt", padding=True))
+        batch = {name: tensor for name, tensor in batch.items() if name in wanted}
+        with torch.no_grad():
+            expected = plain(**batch).logits
+            followed = program(**batch)["logits"]
+        (found,) = session.run(["logits"], {n: t.numpy() for n, t in batch.items()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(followed, expected, rtol=1e-4, atol=1e-4)
+    told = json.loads((out / "certificate.json").read_text())["exports"]
+    assert [(e["format"], e["outputs"]) for e in told] == [
+        ("onnx", ["logits"]),
+        ("torch-export", ["logits"]),
+    ]
+    for entry, file in zip(told, ("model.onnx", "model.pt2"), strict=True):
+        digest = hashlib.sha256((out / file).read_bytes()).hexdigest()
+        assert entry["sha256"] == {file: f"sha256:{digest}"}
+        assert all(check["error"] <= check["tolerance"] for check in entry["checks"])
+        assert [check["shapes"]["input_ids"][0] for check in entry["checks"]] == [16, 1]
+    assert "model.onnx (onnx): run on inputs of 2 shape(s), error " in witness.text
+    assert "model.pt2 (torch-export): run on inputs of 2 shape(s), error " in witness.text
+
+
+@pytest.mark.slow
+def test_an_export_that_fails_leaves_no_merged_folder(
+    half: Callable[[Path], Path], bert: Path, options: Callable[..., FitConfig], tmp_path: Path
+) -> None:
+    more = {"epochs": 6, "lr": 0.02, "target_modules": "all-linear"}
+    run = fit(options(tmp_path / "run", model=str(half(bert)), **more)).folder
+    error = refused(run, tmp_path / "merged", exports=[Onnx()])
+    assert error.exit_code == 3
+    assert "--dtype float32" in str(error)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_missing_package_is_told_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    error = refused(tmp_path / "no run", tmp_path / "merged", exports=[Onnx()])
+    assert error.exit_code == 4
+    assert 'pip install "rankwise[onnx]"' in str(error)
 
 
 # -- what is refused ------------------------------------------------------------------------------

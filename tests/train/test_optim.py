@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from rankwise.methods.groups import parameter_groups
 from rankwise.train.optim import adamw, learning_rate, set_rate
 
 
@@ -39,7 +40,7 @@ def test_the_rate_rises_falls_and_is_never_zero() -> None:
 
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    optimizer = adamw(model.parameters(), 0.1)
+    optimizer = adamw(parameter_groups(model, 0.0, weight_decay=0.1))
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {n: decay[id(p)] for n, p in model.named_parameters()} == {
         "0.weight": 0.1,
@@ -50,7 +51,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_vectors_alone_make_one_group() -> None:
-    optimizer = adamw(nn.LayerNorm(4).parameters(), 0.1)
+    optimizer = adamw(parameter_groups(nn.LayerNorm(4), 0.0, weight_decay=0.1))
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
 
 
@@ -58,7 +59,7 @@ def test_a_step_is_adamw_by_the_formula() -> None:
     """Loshchilov and Hutter 2017, algorithm 2, in float64 by hand."""
     start = torch.randn(3, 2, dtype=torch.float64)
     weight = nn.Parameter(start.clone())
-    optimizer = adamw([weight], 0.2)
+    optimizer = adamw(parameter_groups(nn.ParameterList([weight]), 0.0, weight_decay=0.2))
     w, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for t in range(1, 4):
         rate = 0.1 / t

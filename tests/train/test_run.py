@@ -23,14 +23,9 @@ Options = Callable[..., FitConfig]
 Finished = Callable[[str], Path]
 
 PARTS = {
-    "adapter",
-    "last",
-    "checkpoints",
-    "config.yaml",
-    "manifest.json",
-    "metrics.jsonl",
-    "run.lock",
-}
+    "adapter", "answers.safetensors", "checkpoints", "config.yaml", "last", "manifest.json",
+    "metrics.jsonl", "run.lock",
+}  # fmt: skip
 KINDS = ("single", "pair", "scores", "gpt2", "prompts", "llama", "tied", "head", "full")
 
 

@@ -20,8 +20,12 @@ __all__ = ["COMMANDS", "main", "make_app"]
 COMMANDS = {
     "fit": "Train a model on a labelled file and leave a run folder with its adapter.",
     "predict": "Predict texts or the rows of a file with a run's model.",
+    "convert": "Convert an adapter between PEFT, loralib, MLX, kohya, diffusers and GGUF.",
+    "combine": "Combine adapters of one base into one, and measure what is lost of each layer.",
     "merge": "Merge a run's adapter into its base and write a plain transformers model folder.",
+    "count": "Count what every method would train on a model, without loading a weight.",
     "plan": "Show which layers a method would adapt, their r and α, and what that costs.",
+    "theory": "Train updates of every rank on a linear layer, beside the bounds that hold there.",
     "demo": "Try LoRA on a real encoder and real text, on this machine, in minutes.",
 }
 

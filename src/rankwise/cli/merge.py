@@ -32,6 +32,12 @@ def command(
     last: Annotated[
         bool, typer.Option("--last", help="Merge the last adapter, not the best.")
     ] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write model.onnx as well, for onnxruntime.")
+    ] = False,
+    torch_export: Annotated[
+        bool, typer.Option("--torch-export", help="Write model.pt2 as well, for torch.export.load.")
+    ] = False,
 ) -> None:
     """Merge a run's adapter into its base and write a plain transformers model folder.
 
@@ -39,13 +45,19 @@ def command(
     beside it says how far it is from the adapted model on real rows; a merge that is too far off
     is not written.
 
-    Example: rankwise merge runs/first --out merged
+    With --onnx and --torch-export the folder also holds the merged model for programs without
+    transformers. Each such file is run on the same rows and on another shape and must give what
+    the merged model gives. It takes any number of rows and any length the model takes, and gives
+    logits, without a cache for generation.
+
+    Example: rankwise merge runs/first --out merged --onnx
     """
     from rankwise.errors import UserError
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype must be float32, bfloat16 or float16, got '{dtype}'.")
     from rankwise.train.export import merge_run
+    from rankwise.train.exported import Onnx, TorchExport
 
     certificate = merge_run(
         run,
@@ -54,6 +66,7 @@ def command(
         which="last" if last else "adapter",
         dtype=dtype,
         probe=probe,
+        exports=[form for form, asked in ((Onnx(), onnx), (TorchExport(), torch_export)) if asked],
         reporter=make_reporter(),
     )
     print(f"{certificate.line()}; measured on {certificate.probe}")

@@ -51,13 +51,17 @@ def _text(plan: ModelPlan) -> str:
         for layer in plan.layers
     ]
     parts = [table(["layer", "type", "out x in", "r", "alpha", "parameters"], rows, left=2)]
+    others = [[a.name, a.kind, f"{a.parameters:,}"] for a in plan.additions]
     if not rows:
-        parts = ["No layer gets a low-rank update."]
+        parts = [] if others else ["Nothing is added to any layer."]
+    if others:
+        parts.append(table(["module", "what is added", "parameters"], others, left=2))
     numbers, memory = plan.counts, plan.memory
     base, trained = numbers["base"] or 0, numbers["trainable"] or 0
     parts.append(
-        f"{len(rows)} layers, {numbers['adapter']:,} parameters in updates, {numbers['head']:,} in "
-        f"modules trained whole: {trained:,} of {base:,} train ({100 * trained / base:.3f} %)."
+        f"{len(rows) + len(others)} updates, {numbers['adapter']:,} parameters in them, "
+        f"{numbers['head']:,} in modules trained whole: {trained:,} of {base:,} train "
+        f"({100 * trained / base:.3f} %)."
     )
     parts.append(
         f"Memory: frozen base {_size(memory['base_float32'])} in float32 or "

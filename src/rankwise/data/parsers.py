@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ __all__ = [
     "parse_text",
     "parse_tsv",
 ]
+
+# SNLI and MultiNLI end a row with as many single annotators' labels as there are, of five columns.
+_ANNOTATOR = re.compile(r"label\d+")
 
 Row = dict[str, Any]
 Parsed = tuple[list[str], list[Row], list[int]]
@@ -76,6 +80,9 @@ def _delimited(path: str, records: Iterator[tuple[int, list[str]]], kind: str) -
     lines: list[int] = []
     problems: list[str] = []
     for line, fields in records:
+        left = columns[len(fields) :]
+        if left and all(map(_ANNOTATOR.fullmatch, left)):
+            fields = [*fields, *[""] * len(left)]
         if len(fields) != len(columns):
             problems.append(f"{path}:{line}: {len(fields)} fields")
             continue

@@ -80,7 +80,8 @@ def read_table(path: str | Path, file_format: str | None = None) -> Table:
     - ``tsv``: tabs between fields and nothing else; a quote is a plain character, as in GLUE.
     - ``jsonl``: one JSON object per line, or one JSON list of objects (``.json`` too).
     - ``parquet``: needs the extra ``rankwise[parquet]``.
-    - ``text``: every line that is not blank is one row, with one column, "text".
+    - ``text``: every line that is not blank is one row, with one column, "text"; but a file whose
+      first line has the columns of SNLI and MultiNLI, which call their tables .txt, is a TSV.
 
     Text is UTF-8, with or without a byte order mark, or UTF-16 with one; lines may end in LF,
     CRLF or CR; blank lines, and rows of nothing but empty fields, are skipped. A name ending in
@@ -102,12 +103,19 @@ def read_table(path: str | Path, file_format: str | None = None) -> Table:
         text = _decode(_read_bytes(path, file), str(path))
         if not text.strip():
             raise UserError(f"{path} is empty. Give a file with at least one row.")
+        if file_format is None and kind == "text" and _is_nli(text):
+            kind = "tsv"
         columns, rows, lines = _TEXT_PARSERS[kind](str(path), text)
     if not rows:
         raise UserError(
             f"{path} has a header ({_listed(columns)}) and no rows. Give a file with rows."
         )
     return Table(str(path), tuple(columns), rows, lines, named=kind != "text")
+
+
+def _is_nli(text: str) -> bool:
+    """Whether a text begins with the header of an SNLI or MultiNLI table."""
+    return {"gold_label", "sentence1", "sentence2"} <= set(text.partition("\n")[0].split("\t"))
 
 
 def _listed(columns: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from rankwise.data.examples import Examples
 from rankwise.data.pydocs import docstrings
 from rankwise.errors import ArtifactError, EnvironmentFault, UserError
 from rankwise.io import files
+from rankwise.lab.comparing import smallest_not_told_apart
 from rankwise.lab.records import RunRecord, read_run
 from rankwise.lab.report import summary_table, write_report
+from rankwise.lab.settings import group_runs
 from rankwise.train.config import FitConfig, make_config
 from rankwise.train.export import merge_run
 from rankwise.train.manifest import read_manifest
@@ -126,20 +127,18 @@ def _size_of(demo: Demo, train: Examples, heldout: Examples) -> str:
     )
 
 
-_REASON = "The smallest update whose accuracy is within one standard error of the best LoRA."
+_REASON = "The smallest LoRA update that the best one does not beat by more than the noise."
 
 
 def chosen(runs: list[RunRecord]) -> RunRecord:
-    """The LoRA run with the smallest update that is within one standard error of the best one.
+    """The LoRA run with the smallest update that the best one does not beat by more than the noise.
 
-    The standard error of an accuracy p over n rows is √(p (1 - p) / n).
+    It is the report's own choice (:func:`rankwise.lab.comparing.smallest_not_told_apart`).
     """
-    lora = [run for run in runs if run.method["method"] == "lora"]
-    best = max(lora, key=lambda run: run.metrics["accuracy"])
-    p, n = best.metrics["accuracy"], best.data["eval"]["rows"]
-    floor = p - math.sqrt(p * (1 - p) / n)
-    near = [run for run in lora if run.metrics["accuracy"] >= floor]
-    return min(near, key=lambda run: run.counts.adapter)
+    found = smallest_not_told_apart([s for s in group_runs(runs) if s.first.rank is not None])
+    if found is None:
+        raise UserError("None of the runs is a LoRA run, so there is no update to choose.")
+    return found.first
 
 
 def _configs(folder: Path, model: str, data: dict[str, str], demo: Demo) -> Iterator[FitConfig]:

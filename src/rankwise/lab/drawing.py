@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -23,6 +23,7 @@ __all__ = [
     "Figure",
     "Key",
     "Style",
+    "csv_text",
     "drawable",
     "line_swatch",
     "name_axes",
@@ -94,17 +95,17 @@ class Figure:
 
         A text that a spreadsheet would take for a formula is preceded by an apostrophe.
         """
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self.columns)
-        for row in self.rows:
-            writer.writerow(
-                [
-                    f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@" else cell
-                    for cell in row
-                ]
-            )
-        return out.getvalue()
+        return csv_text(self.columns, self.rows)
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """Comma-separated values with a header; see :meth:`Figure.csv`."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([f"'{c}" if isinstance(c, str) and c[:1] in "=+-@" else c for c in row])
+    return out.getvalue()
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,18 @@ class Style:
         return Style(_CATEGORIES[1], DASHES[3], "P")
 
     @staticmethod
-    def step(index: int, steps: int) -> Style:
-        """The style of step ``index`` of ``steps`` in a row, on the ramp of --r1 to --r8."""
+    def step(index: int, steps: int, family: int = 0) -> Style:
+        """The style of step ``index`` of ``steps`` in a row, on the ramp of --r1 to --r8.
+
+        Steps of another family share the colours and have another dash.
+        """
         place = round(index / max(steps - 1, 1) * (len(_RAMP) - 1))
-        return Style(_RAMP[place], (), _marker(index))
+        return Style(_RAMP[place], DASHES[family % len(DASHES)], _marker(index + family))
+
+    @staticmethod
+    def family(index: int) -> Style:
+        """The style of a whole row of steps, in the colours of the text."""
+        return Style((INK, MUTED)[index % 2], DASHES[index % len(DASHES)], _marker(index))
 
     def line(self) -> dict[str, Any]:
         """Keywords for ``Axes.plot`` that draw a line in this style."""

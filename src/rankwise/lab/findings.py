@@ -4,82 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
 from statistics import median
 
 from rankwise.errors import UserError, gather
 from rankwise.lab import words
+from rankwise.lab.comparing import (
+    best_of,
+    between,
+    comparisons,
+    gap_closed,
+    smallest_first,
+    smallest_not_told_apart,
+)
 from rankwise.lab.energy import PERCENT, Spectra, rank_holding
+from rankwise.lab.noise import LEVEL
 from rankwise.lab.records import RunRecord, printable
-from rankwise.lab.settings import Comparison, Setting, compare, group_runs
+from rankwise.lab.settings import Comparison, Setting, against, group_runs
 
-__all__ = [
-    "Gap",
-    "best_of",
-    "check_comparable",
-    "findings",
-    "gap_closed",
-    "lora_by_rank",
-    "pairs_of",
-    "smallest_not_told_apart",
-]
+__all__ = ["check_comparable", "findings"]
 
 
-@dataclass(frozen=True)
-class Gap:
-    """How much of the way from head-only training to full fine-tuning one setting covers.
-
-    Formula: share = (q − q_head) / (q_full − q_head) for scores q; its standard error follows from
-    those of the three scores to first order (the delta method), and is None without them.
-    """
-
-    setting: Setting
-    share: float
-    standard_error: float | None
-
-
-def findings(runs: Sequence[RunRecord], spectra: Spectra | None = None) -> list[str]:
+def findings(
+    runs: Sequence[RunRecord], spectra: Spectra | None = None, reference: str | None = None
+) -> list[str]:
     """What the records show, in plain sentences; a difference within the noise is not claimed.
 
+    Args:
+        runs: the records.
+        spectra: the singular values of learned updates.
+        reference: what the others are compared with (:func:`rankwise.lab.comparing.reference_of`).
+
     Raises:
-        UserError: there are no runs, or the runs cannot be compared.
+        UserError: there are no runs, the runs cannot be compared, or none is the reference.
     """
     check_comparable(runs)
     settings = group_runs(runs)
     usable = [setting for setting in settings if setting.usable]
+    made = comparisons(usable, reference)
     sentences = [
-        _tell_best(usable),
-        _tell_gap(usable),
+        _tell_best(usable, made),
+        _tell_comparisons(made),
+        _tell_gap(usable, made),
         _tell_ranks(usable),
-        *_tell_noise(settings, usable),
+        *_tell_noise(settings, made),
         _tell_counts(settings),
         _tell_spectra(spectra or {}),
         *_tell_left_out(settings),
     ]
     return [sentence for sentence in sentences if sentence]
-
-
-def gap_closed(settings: Sequence[Setting]) -> list[Gap]:
-    """The share of the gap that each LoRA setting covers, by rank.
-
-    Empty unless full fine-tuning beats head-only training by twice the standard error or more:
-    a share of a gap that is not established means nothing.
-    """
-    head, full = best_of(settings, "head"), best_of(settings, "full")
-    if head is None or full is None or not _establishes(full, head):
-        return []
-    width = full.better_by(head)
-    gaps: list[Gap] = []
-    for setting in lora_by_rank(settings):
-        share = setting.better_by(head) / width
-        errors = [setting.standard_error, full.standard_error, head.standard_error]
-        known = [error for error in errors if error is not None]
-        weights = (1.0, share, 1.0 - share)
-        pairs = zip(weights, known, strict=False)
-        error = math.hypot(*(w * e / width for w, e in pairs)) if len(known) == 3 else None
-        gaps.append(Gap(setting, share, error))
-    return gaps
 
 
 def check_comparable(runs: Sequence[RunRecord]) -> None:
@@ -102,37 +74,67 @@ def check_comparable(runs: Sequence[RunRecord]) -> None:
     gather(UserError, "These runs cannot be compared; report them apart", problems)
 
 
-def _tell_best(usable: Sequence[Setting]) -> str:
+def _tell_best(usable: Sequence[Setting], made: Sequence[Comparison]) -> str:
     best = best_of(usable)
     if best is None:
         return "No run is finished with a finite score, so nothing is compared."
-    run, error = best.first, best.standard_error
-    rows = f" on {run.evaluation_rows:,} evaluation rows" if run.evaluation_rows else ""
-    noise = f" (standard error {words.amount(run.metric, error)})" if error is not None else ""
-    scored = f"{run.metric} {words.score(run.metric, best.score)}{rows}{noise}"
-    others = [compare(best, other) for other in usable if other is not best]
-    if not others:
+    run, rows = best.first, best.first.evaluation_rows
+    scored = f"{run.metric} {words.score(run.metric, best.score)}"
+    scored += f" on {rows:,} evaluation rows" if rows else ""
+    if best.interval is not None:
+        half = words.amount(run.metric, best.interval)
+        scored += f" (mean of {len(best.runs)} seeds, ± {half} at 95 %)"
+    elif best.standard_error is not None:
+        scored += f" (standard error {words.amount(run.metric, best.standard_error)})"
+    if not made:
         return f"{best.label}: {scored}. There is no other finished method to compare it with."
-    close = [c.worse if c.better is best else c.better for c in others if not c.clear]
-    if all(c.standard_error is None for c in others):
-        verdict = (
-            "The records give no standard error for this difference, so whether it is truly ahead "
-            "is not known."
-        )
-    elif not close:
-        verdict = "It is ahead of every other method by at least twice the standard error."
-    else:
-        names = words.listed([setting.label for setting in close])
-        verdict = (
-            f"It is not told apart from {names}: the difference is smaller than twice its standard "
-            "error."
-        )
-    return f"Best score: {best.label}, {scored}. {verdict}"
+    reference = made[0].reference
+    if best is reference:
+        return f"Best score: {best.label}, {scored}. It is what the others are compared with."
+    own = next(c for c in made if c.setting is best)
+    return f"Best score: {best.label}, {scored}. {_sentence_of(own, run.metric)}"
 
 
-def _tell_gap(usable: Sequence[Setting]) -> str:
+def _sentence_of(found: Comparison, metric: str) -> str:
+    """One comparison as a sentence about the setting."""
+    size, name = words.amount(metric, abs(found.difference)), found.reference.label
+    if found.verdict == "not known":
+        return (
+            f"It scored {size} better than {name}; whether that is more than noise is not known, "
+            "as the runs left no answers to the single rows."
+        )
+    if not found.clear:
+        return f"It is not told apart from {name}, which it leads by {size}."
+    return f"It is {size} better than {name}, which is more than the noise."
+
+
+def _tell_comparisons(made: Sequence[Comparison]) -> str:
+    known = [c for c in made if c.noise is not None]
+    if not known:
+        return ""
+    metric, reference = known[0].reference.first.metric, known[0].reference.label
+    parts: list[str] = []
+    for verdict, said in (
+        ("better", "better by more than the noise"),
+        ("worse", "worse by more than the noise"),
+        ("not told apart", "not told apart"),
+    ):
+        members = [c for c in known if c.verdict == verdict]
+        if verdict == "not told apart":
+            names = [c.setting.label for c in members]
+        else:
+            names = [
+                f"{c.setting.label} ({words.amount(metric, abs(c.difference))})" for c in members
+            ]
+        if names:
+            parts.append(f"{said}: {words.listed(names)}")
+    holm = "" if len(known) == 1 else f" (Holm's correction over {len(known)} comparisons)"
+    return f"Beside {reference}{holm}: {'; '.join(parts)}."
+
+
+def _tell_gap(usable: Sequence[Setting], made: Sequence[Comparison]) -> str:
     head, full = best_of(usable, "head"), best_of(usable, "full")
-    if not lora_by_rank(usable):
+    if not smallest_first(usable):
         return ""
     if head is None or full is None:
         pairs = (("head-only", head), ("full fine-tuning", full))
@@ -141,21 +143,21 @@ def _tell_gap(usable: Sequence[Setting]) -> str:
             f"There is no finished {' and no finished '.join(missing)} run, so it is not known "
             "what share of the gap between the two LoRA covers."
         )
-    metric, width, comparison = full.first.metric, full.better_by(head), compare(full, head)
+    metric, width, comparison = full.first.metric, full.better_by(head), between(full, head, made)
     size = words.amount(metric, abs(width))
     if not comparison.clear:
+        why = "which is within the noise" if comparison.noise else "and the noise is not known"
         return (
-            f"Full fine-tuning and head-only training differ by {size}, which is not established "
-            f"({_twice(comparison, metric)}), so no share of that gap is given for LoRA."
+            f"Full fine-tuning and head-only training differ by {size}, {why}, so no share of that "
+            "gap is given for LoRA."
         )
     if width < 0:
         return (
             f"Full fine-tuning scored {size} worse than head-only training, so there is no gap for "
             "LoRA to close."
         )
-    best = max(gap_closed(usable), key=lambda gap: gap.share)
-    error = best.standard_error
-    noise = "" if error is None else f" (standard error {100 * error:.0f} points)"
+    best = max(gap_closed(usable, made), key=lambda gap: gap.share)
+    noise = "" if best.noise is None else f" (± {100 * best.noise.half_width():.0f} at 95 %)"
     run = best.setting.first
     return (
         f"Full fine-tuning is {size} better than head-only training. {best.setting.label} "
@@ -165,37 +167,39 @@ def _tell_gap(usable: Sequence[Setting]) -> str:
 
 
 def _tell_ranks(usable: Sequence[Setting]) -> str:
-    lora = lora_by_rank(usable)
+    lora = smallest_first(usable)
     best, enough = best_of(lora), smallest_not_told_apart(lora)
-    if best is None or enough is None or len({s.first.rank for s in lora}) < 2:
+    if best is None or enough is None or len(lora) < 2:
         return ""
-    comparison = compare(best, enough)
-    if comparison.standard_error is None:
+    others = against(best, [s for s in lora if s is not best])
+    if any(c.noise is None for c in others):
         return f"Of the LoRA runs, {best.label} has the best score."
-    if best.first.rank == lora[0].first.rank:
-        return f"The best of the LoRA runs, {best.label}, has the smallest rank tried."
+    if best is lora[0]:
+        return f"The best of the LoRA runs, {best.label}, has the smallest update tried."
     if enough is best:
-        return f"No smaller rank tried comes within the noise of {best.label}."
-    unseen = words.amount(best.first.metric, 2 * comparison.standard_error)
+        return f"{best.label} is better than every smaller LoRA update by more than the noise."
+    noise = next(c.noise for c in others if c.setting is enough)
+    seen = noise.half_width(1 - LEVEL / len(others)) if noise is not None else math.nan
+    unseen = words.amount(best.first.metric, seen)
     return (
-        f"The smallest rank tried that is not told apart from the best LoRA run ({best.label}) is "
-        f"that of {enough.label}, with {enough.first.counts.trainable:,} trained parameters "
+        f"The smallest LoRA update that the best one ({best.label}) does not beat by more than the "
+        f"noise is {enough.label}, with {enough.first.counts.trainable:,} trained parameters "
         f"instead of {best.first.counts.trainable:,}. That does not prove them equal: a "
-        f"difference below {unseen} would not be seen here."
+        f"difference below about {unseen} would not be seen here."
     )
 
 
-def _tell_noise(settings: Sequence[Setting], usable: Sequence[Setting]) -> list[str]:
+def _tell_noise(settings: Sequence[Setting], made: Sequence[Comparison]) -> list[str]:
     said: list[str] = []
-    pairs = pairs_of(usable)
-    known = [pair for pair in pairs if pair.standard_error is not None]
-    if known:
-        close = sum(not pair.clear for pair in known)
+    if any(c.noise is None for c in made):
         said.append(
-            f"Of {words.count(len(known), 'pair')} of methods, {close} "
-            f"{'differs' if close == 1 else 'differ'} by less than twice the standard error of "
-            "the difference, and no claim is made about them. The error is the unpaired one, "
-            "because the records do not hold the answer to every row."
+            "Some runs left no answers to the single evaluation rows, so that no difference "
+            "from them is called larger than the noise. Runs of this version leave them."
+        )
+    elif made:
+        said.append(
+            "The noise of a difference is what other evaluation rows and other seeds would change, "
+            "paired over the rows; docs/math.md (16)."
         )
     single = [setting.label for setting in settings if len(setting.runs) == 1]
     if single:
@@ -204,12 +208,13 @@ def _tell_noise(settings: Sequence[Setting], usable: Sequence[Setting]) -> list[
             what = "Every result comes"
         said.append(
             f"{what} from one seed: how much the scores would vary from one training to the "
-            "next was not measured there, and is not in the standard errors."
+            "next was not measured there, and is not in the noise."
         )
-    said.append(
-        "Each score is that of the best checkpoint, chosen on the same evaluation rows, which "
-        "makes every score a little optimistic."
-    )
+    if not all(run.kept_last for setting in settings for run in setting.runs):
+        said.append(
+            "Each score is that of the best checkpoint, chosen on the same evaluation rows, which "
+            "makes every score a little optimistic."
+        )
     return said
 
 
@@ -274,46 +279,3 @@ def _tell_left_out(settings: Sequence[Setting]) -> list[str]:
                 "differences are not those of the methods alone."
             )
     return said
-
-
-def pairs_of(settings: Sequence[Setting]) -> list[Comparison]:
-    """Every pair of settings, compared."""
-    return [compare(one, two) for one, two in combinations(settings, 2)]
-
-
-def lora_by_rank(settings: Sequence[Setting]) -> list[Setting]:
-    """The LoRA settings, from the smallest rank up."""
-    return sorted(
-        (s for s in settings if s.first.rank is not None), key=lambda s: s.first.rank or 0
-    )
-
-
-def best_of(settings: Sequence[Setting], kind: str | None = None) -> Setting | None:
-    """The best scored setting, of one kind if asked; at a tie the one that trains least."""
-    best: Setting | None = None
-    for setting in settings:
-        if kind is not None and setting.first.kind != kind:
-            continue
-        if best is None or setting.better_by(best) > 0:
-            best = setting
-    return best
-
-
-def smallest_not_told_apart(lora: Sequence[Setting]) -> Setting | None:
-    """The LoRA setting of smallest rank that the best one does not clearly beat."""
-    best = best_of(lora)
-    if best is None:
-        return None
-    return next(s for s in lora if s is best or not compare(best, s).clear)
-
-
-def _establishes(one: Setting, two: Setting) -> bool:
-    """True when ``one`` is better than ``two`` by twice the standard error or more."""
-    comparison = compare(one, two)
-    return comparison.clear and comparison.better is one
-
-
-def _twice(comparison: Comparison, metric: str) -> str:
-    if comparison.standard_error is None:
-        return "the records give no standard error"
-    return f"twice the standard error is {words.amount(metric, 2 * comparison.standard_error)}"

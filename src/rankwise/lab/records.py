@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rankwise.errors import ArtifactError, UserError, gather
+from rankwise.lab.run_files import (
+    EVENTS,
+    MANIFEST,
+    PLAIN,
+    EvalEvent,
+    TrainEvent,
+    floats,
+    read_events,
+    read_manifest,
+)
+from rankwise.train import answers as row_answers
+from rankwise.train.answers import Answers, read_answers
 
 __all__ = [
     "Counts",
@@ -21,11 +37,6 @@ __all__ = [
     "read_run",
     "read_runs",
 ]
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-EVENTS = "metrics.jsonl"
-STATUSES = ("finished", "interrupted", "failed", "running")
 
 
 @dataclass(frozen=True)
@@ -49,31 +60,15 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class TrainEvent:
-    """One training entry of the log; ``loss`` may be NaN, ``skipped`` counts steps up to here."""
-
-    step: int
-    epoch: float
-    loss: float
-    skipped: int
-
-
-@dataclass(frozen=True)
-class EvalEvent:
-    """One evaluation during training; ``metrics`` maps each metric's name to its value."""
-
-    step: int
-    epoch: float
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """One training run as its folder tells it: the manifest and the logged events.
 
-    ``metrics`` are those of the best checkpoint on the evaluation data; a value may be NaN.
-    ``seconds`` holds wall time under "train" and "eval". ``folder`` is where the record was read
-    from, and takes no part in comparisons or in a report.
+    ``metrics`` are those of the adapter that was kept, on the evaluation data; a value may be NaN.
+    ``seconds`` holds wall time under "train" and "eval". ``peak_bytes`` is the most memory held by
+    ``peak_of``, "process" or "device"; None when not known. ``diverged`` is true of a run that
+    failed because its loss or gradients were no finite numbers. ``answers`` are those of the kept
+    adapter to each evaluation row; None where the run has left none. ``folder`` is where the record
+    was read from, and takes no part in comparisons or in a report.
     """
 
     name: str
@@ -86,6 +81,9 @@ class RunRecord:
     counts: Counts
     seconds: Mapping[str, float]
     artifact_bytes: int | None
+    peak_bytes: int | None
+    peak_of: str | None
+    diverged: bool
     status: str
     data: Mapping[str, Any]
     base: Mapping[str, Any]
@@ -96,6 +94,7 @@ class RunRecord:
     training: tuple[TrainEvent, ...]
     evaluations: tuple[EvalEvent, ...]
     folder: Path = field(compare=False)
+    answers: Answers | None = field(default=None, compare=False, repr=False)
 
     @property
     def kind(self) -> str:
@@ -128,6 +127,16 @@ class RunRecord:
         """True when the run is finished and has a finite score, so that claims may rest on it."""
         return self.status == "finished" and math.isfinite(self.score)
 
+    @property
+    def kept_last(self) -> bool:
+        """True when the run kept what it had after its last step, whatever its evaluations said."""
+        return self.config.get("select") == "last"
+
+    @cached_property
+    def contributions(self) -> NDArray[np.float64] | None:
+        """What each evaluation row adds to the score, (n,); None when that is not known."""
+        return None if self.answers is None else self.answers.contributions(self.metric)
+
 
 def in_order(runs: Iterable[RunRecord]) -> list[RunRecord]:
     """The runs from the fewest trained parameters up, then by rank, name, seed and options."""
@@ -145,7 +154,7 @@ def printable(text: str) -> str:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read one run folder: its manifest.json and its metrics.jsonl.
+    """Read one run folder: its manifest.json, its metrics.jsonl and the answers to the rows.
 
     The last line of metrics.jsonl may be cut, as a crash leaves it; it is left out. Where a run
     was resumed and steps were logged twice, the later line counts. A run that is not finished may
@@ -164,19 +173,30 @@ def read_run(folder: str | Path) -> RunRecord:
             f"{folder} is not a run folder: it holds no {MANIFEST}. "
             "Give the folder a training run wrote."
         )
-    values = _read_manifest(manifest)
+    values = read_manifest(manifest)
     begun = events.is_file() or values["status"] == "finished"
-    training, evaluations = _read_events(events) if begun else ((), ())
+    training, evaluations = read_events(events) if begun else ((), ())
+    memory = values["memory"] or {"peak": None, "of": None}
     return RunRecord(
-        **{name: values[name] for name in _PLAIN},
-        metrics=_floats(values["metrics"]),
+        **{name: values[name] for name in PLAIN},
+        peak_bytes=memory["peak"],
+        peak_of=memory["of"],
+        metrics=floats(values["metrics"]),
         counts=Counts(**{name: values[f"counts.{name}"] for name in Counts.__dataclass_fields__}),
-        seconds=_floats(values["seconds"]),
+        seconds=floats(values["seconds"]),
         notes=tuple(values["notes"]),
         training=training,
         evaluations=evaluations,
         folder=folder,
+        answers=_read_answers(folder, values),
     )
+
+
+def _read_answers(folder: Path, values: Mapping[str, Any]) -> Answers | None:
+    path = folder / row_answers.NAME
+    if values["data"]["eval"] is None or not path.is_file():
+        return None
+    return read_answers(path, values["data"]["eval"]["fingerprint"])
 
 
 def read_runs(folder: str | Path) -> list[RunRecord]:
@@ -213,181 +233,3 @@ def read_runs(folder: str | Path) -> list[RunRecord]:
 
 def _is_run(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or (folder / EVENTS).is_file()
-
-
-def _of(*kinds: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_is_text, _is_whole, _is_number, _is_mapping = _of(str), _of(int), _of(int, float), _of(dict)
-
-
-def _is_numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(v is None or _is_number(v) for v in value.values())
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _optional(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or check(value)
-
-
-_PLAIN = (
-    *("name", "method", "config", "seed", "task", "metric", "artifact_bytes", "status"),
-    *("data", "base", "code", "versions", "hardware"),
-)
-_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "name": (_is_text, "text"),
-    "method": (_is_mapping, "an object"),
-    "method.method": (_is_text, "text"),
-    "config": (_is_mapping, "an object"),
-    "seed": (_is_whole, "a whole number"),
-    "task": (_is_text, "text"),
-    "metric": (_is_text, "text"),
-    "metrics": (_is_numbers, "an object of numbers"),
-    "counts": (_is_mapping, "an object"),
-    "counts.base": (lambda value: _is_count(value) and value != 0, "a whole number of 1 or more"),
-    "counts.adapter": (_is_count, "a whole number of 0 or more"),
-    "counts.adapter_formula": (_optional(_is_count), "a whole number of 0 or more, or null"),
-    "counts.head": (_is_count, "a whole number of 0 or more"),
-    "counts.trainable": (_is_count, "a whole number of 0 or more"),
-    "seconds": (_is_numbers, "an object of numbers"),
-    "seconds.train": (_is_number, "a number of seconds"),
-    "seconds.eval": (_optional(_is_number), "a number of seconds, or null"),
-    "artifact_bytes": (_optional(_is_count), "a whole number of bytes, or null"),
-    "status": (lambda value: value in STATUSES, "one of " + ", ".join(STATUSES)),
-    "data": (_is_mapping, "an object"),
-    "data.train": (_is_mapping, "an object"),
-    "data.train.source": (_is_text, "text"),
-    "data.train.rows": (_is_count, "a whole number of 0 or more"),
-    "data.train.fingerprint": (_is_text, "text"),
-    "data.eval": (_optional(_is_mapping), "an object, or null"),
-    "data.eval.source": (_is_text, "text"),
-    "data.eval.rows": (_is_count, "a whole number of 0 or more"),
-    "data.eval.fingerprint": (_is_text, "text"),
-    "base": (_is_mapping, "an object"),
-    "base.source": (_is_text, "text"),
-    "base.fingerprint": (_is_text, "text"),
-    "code": (_is_mapping, "an object"),
-    "versions": (_is_mapping, "an object"),
-    "hardware": (_is_mapping, "an object"),
-    "notes": (_is_texts, "a list of texts"),
-}
-_LORA_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "method.r": (lambda value: _is_count(value) and value != 0, "a whole number of 1 or more"),
-    "method.alpha": (_is_number, "a number"),
-}
-_EVENT_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "step": (_is_count, "a whole number of 0 or more"),
-    "epoch": (_is_finite, "a finite number"),
-}
-_TRAIN_FIELDS = {**_EVENT_FIELDS, "loss": (_optional(_is_number), "a number, or null")}
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest's values by dotted name, every documented one present and of its kind."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing, though the run's events are there. Train again.")
-    try:
-        tree = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ArtifactError(
-            f"{path} is damaged and cannot be read as JSON ({error}). "
-            "Restore the file, or run the training again."
-        ) from error
-    if not isinstance(tree, dict):
-        raise ArtifactError(f"{path} must hold a JSON object, got {type(tree).__name__}.")
-    if tree.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{path} has format {tree.get('format')!r}, and this version of Rankwise reads "
-            f"format {FORMAT}. Read it with the version that wrote it, or train again."
-        )
-    values: dict[str, Any] = {}
-    problems = _check(tree, _FIELDS, values)
-    if values.get("method.method") == "lora":
-        problems += _check(tree, _LORA_FIELDS, values)
-    gather(ArtifactError, f"{path} is not a complete record of a run", problems)
-    return values
-
-
-def _check(
-    tree: Mapping[str, Any],
-    fields: Mapping[str, tuple[Callable[[object], bool], str]],
-    values: dict[str, Any],
-) -> list[str]:
-    """Collect ``fields`` of ``tree`` into ``values`` and return what is wrong with them."""
-    problems: list[str] = []
-    for dotted, (accepts, words) in fields.items():
-        parent, _, last = dotted.rpartition(".")
-        inside: Any = values.get(parent) if parent else tree
-        if not isinstance(inside, dict):
-            continue  # the parent itself is missing, null or already reported
-        if last not in inside:
-            problems.append(f"'{dotted}' is missing; it must be {words}.")
-        elif not accepts(inside[last]):
-            problems.append(f"'{dotted}' must be {words}, got {inside[last]!r:.80}.")
-        else:
-            values[dotted] = inside[last]
-    return problems
-
-
-def _floats(numbers: Mapping[str, float | None]) -> dict[str, float]:
-    """The numbers as floats, with null as NaN."""
-    return {k: math.nan if v is None else float(v) for k, v in numbers.items()}
-
-
-def _read_events(path: Path) -> tuple[tuple[TrainEvent, ...], tuple[EvalEvent, ...]]:
-    """The training and evaluation events of a metrics.jsonl; other events are passed over."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing, though the run's {MANIFEST} is there.")
-    lines = path.read_bytes().split(b"\n")
-    training: list[TrainEvent] = []
-    evaluations: list[EvalEvent] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            event = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break  # cut by a crash: the newline that ends a whole line never came
-            raise ArtifactError(
-                f"{where} is damaged and cannot be read as JSON ({error}). Only the last line "
-                "may be cut. Restore the file, or run the training again."
-            ) from error
-        _take_event(event, where, training, evaluations)
-    return tuple(training), tuple(evaluations)
-
-
-def _take_event(
-    event: Any, where: str, training: list[TrainEvent], evaluations: list[EvalEvent]
-) -> None:
-    """Append one event to the list it belongs to, replacing what a resumed run did again."""
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        raise ArtifactError(f"{where} must be a JSON object with an 'event', got {event!r:.80}.")
-    if event["event"] not in ("train", "eval"):
-        return
-    problems = _check(event, _TRAIN_FIELDS if event["event"] == "train" else _EVENT_FIELDS, {})
-    gather(ArtifactError, f"{where} is not a whole event", problems)
-    step, epoch = event["step"], float(event["epoch"])
-    kept: list[Any] = training if event["event"] == "train" else evaluations
-    while kept and kept[-1].step >= step:
-        kept.pop()
-    if event["event"] == "train":
-        loss = _floats({"loss": event["loss"]})["loss"]
-        training.append(TrainEvent(step, epoch, loss, int(event.get("skipped") or 0)))
-        return
-    numbers = {k: v for k, v in event.items() if v is None or _is_number(v)}
-    metrics = {k: v for k, v in _floats(numbers).items() if k not in ("step", "epoch")}
-    evaluations.append(EvalEvent(step, epoch, metrics))

@@ -6,20 +6,26 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+from typing import Literal
+
+import numpy as np
 
 from rankwise.lab import words
+from rankwise.lab.noise import LEVEL, Noise, Term, combine, holm, interval_of_seeds
 from rankwise.lab.records import RunRecord, in_order, printable
 from rankwise.train.metrics import better
 
 __all__ = [
     "Comparison",
     "Setting",
+    "against",
     "compare",
     "differences",
     "group_runs",
     "higher_is_better",
+    "noise_of",
     "pareto",
 ]
 
@@ -62,17 +68,31 @@ class Setting:
         return fmean(run.seconds["train"] for run in self.runs)
 
     @property
-    def standard_error(self) -> float | None:
-        """Standard error of ``score``; None when it cannot be computed from the records.
+    def peak_bytes(self) -> float | None:
+        """Mean over the seeds of the most memory held; None when any run does not say."""
+        peaks = [run.peak_bytes for run in self.runs if run.peak_bytes is not None]
+        return fmean(peaks) if len(peaks) == len(self.runs) else None
 
-        Formula: SE² = p (1 − p) / n + s² / k for an accuracy p on n evaluation rows and k seeds,
-        where s is the standard deviation over the seeds (no second term for one seed). The seeds
-        share their evaluation rows, so the first term does not shrink with k. Other metrics have
-        no such formula; for them the spread over two or more seeds alone is given.
+    @property
+    def interval(self) -> float | None:
+        """Half the 95 % interval of ``score`` over the seeds; None for one seed."""
+        scores = [run.score for run in self.runs]
+        return interval_of_seeds(scores) if all(map(math.isfinite, scores)) else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of ``score`` over rows and seeds; None when the records do not tell it.
+
+        That of :func:`noise_of` this score alone. Runs that left no answers to their rows have
+        SE² = p (1 − p) / n + s² / K for an accuracy p on n rows with a standard deviation s over K
+        seeds (no second term for one seed), and for other metrics the second term alone.
         """
         scores = [run.score for run in self.runs]
         if not all(math.isfinite(score) for score in scores):
             return None
+        noise = noise_of([(1.0, self)])
+        if noise is not None:
+            return noise.standard_error
         between = stdev(scores) ** 2 / len(scores) if len(scores) > 1 else None
         rows = self.first.evaluation_rows
         if self.first.metric == "accuracy" and rows:
@@ -88,33 +108,79 @@ class Setting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two settings side by side; ``better`` scored at least as well as ``worse``."""
+    """A setting beside a reference.
 
-    better: Setting
-    worse: Setting
+    Attributes:
+        setting, reference: what is compared.
+        difference: how much better the setting scored, in the metric's unit; below 0 where worse.
+        noise: of the difference; None where the records do not tell it.
+        p: the probability of such a difference by noise alone; None without ``noise``.
+        corrected: ``p`` after Holm's correction over the comparisons it was made with.
+    """
+
+    setting: Setting
+    reference: Setting
     difference: float
-    standard_error: float | None
+    noise: Noise | None
+    p: float | None
+    corrected: float | None
 
     @property
     def clear(self) -> bool:
-        """True when the difference is at least twice its standard error, and that is known."""
-        return self.standard_error is not None and (
-            self.difference > 0 and self.difference >= 2 * self.standard_error
-        )
+        """True when the difference is larger than the noise; never where that is not known."""
+        return self.corrected is not None and self.corrected <= LEVEL
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "not told apart", "not known"]:
+        """What may be said of the setting beside its reference."""
+        if self.corrected is None:
+            return "not known"
+        if not self.clear:
+            return "not told apart"
+        return "better" if self.difference > 0 else "worse"
+
+
+def against(reference: Setting, others: Sequence[Setting]) -> list[Comparison]:
+    """Each setting beside the reference, by the one rule of this house.
+
+    A difference is larger than the noise when its two-sided p of Student's t, paired over the
+    evaluation rows and with the seeds as repetitions (:func:`noise_of`), is at most 0.05 after
+    Holm's correction over all these comparisons. docs/math.md (16).
+    """
+    found: list[Comparison] = []
+    for other in others:
+        difference = other.better_by(reference)
+        noise = noise_of([(1.0, other), (-1.0, reference)])
+        p = None if noise is None or math.isnan(difference) else noise.p(difference)
+        found.append(Comparison(other, reference, difference, noise, p, None))
+    known = [c.p for c in found if c.p is not None]
+    corrected = iter(holm(known))
+    return [c if c.p is None else replace(c, corrected=next(corrected)) for c in found]
 
 
 def compare(one: Setting, two: Setting) -> Comparison:
-    """Compare two settings by their scores.
+    """``one`` beside ``two`` when no other comparison is made: :func:`against` for one alone."""
+    return against(two, [one])[0]
 
-    The standard error of the difference is the unpaired one, √(SE₁² + SE₂²): the records do not
-    hold the answer to every row, so the pairing of rows cannot be used. Where both runs tend to
-    fail on the same rows this is too large rather than too small, and the verdict is cautious.
+
+def noise_of(sum_of: Sequence[tuple[float, Setting]]) -> Noise | None:
+    """The noise of a weighted sum of scores over rows and seeds (:func:`rankwise.lab.noise`).
+
+    None where a run left no answers, or where the settings did not answer the same rows.
     """
-    difference = one.better_by(two)
-    ahead, behind = (two, one) if difference < 0 else (one, two)
-    errors = (one.standard_error, two.standard_error)
-    error = None if errors[0] is None or errors[1] is None else math.hypot(errors[0], errors[1])
-    return Comparison(ahead, behind, abs(difference), error)
+    answers = [run.answers for _, setting in sum_of for run in setting.runs]
+    rows = [each.rows for each in answers if each is not None]
+    if len(rows) < len(answers) or not all(np.array_equal(each, rows[0]) for each in rows):
+        return None
+    terms: list[Term] = []
+    for weight, setting in sum_of:
+        parts = [run.contributions for run in setting.runs]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        scores = np.array([run.score for run in setting.runs])
+        terms.append(Term(weight, np.stack(known, axis=1), scores))
+    return combine(terms)
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Setting]:

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "amount",
     "brief",
+    "chance",
     "count",
     "duration",
     "listed",
@@ -39,6 +40,11 @@ def amount(metric: str, value: float, *, unit: bool = True) -> str:
 def percent(share: float) -> str:
     """A fraction in percent, to three digits."""
     return f"{100 * share:.3g} %" if share < 0.9995 else f"{100 * share:.0f} %"
+
+
+def chance(p: float) -> str:
+    """A probability to two digits, "< 0.0001" where it is smaller."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def duration(seconds: float) -> str:

@@ -5,23 +5,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from rankwise.attaching import Placement, Plan
 from rankwise.errors import UserError, gather, nearest
-from rankwise.targets import Site, find_head, matches, shared_weights, sites
+from rankwise.targets import Head, Site, find_head, matches, shared_weights, sites
 
 __all__ = [
+    "HeadChoice",
     "HeadOnly",
     "copies",
     "describe_copies",
     "extra_modules",
     "head_modules",
+    "head_trains",
     "outermost",
     "tied_partners",
+    "trained_whole",
     "untied_notes",
 ]
+
+HeadChoice = Literal["train", "freeze"] | None
+"""What becomes of the output layer: a copy of it trains and is saved, it stays as it is, or, with
+None, a classification head of transformers trains, a language model's output stays, and for any
+other model it is an error not to say."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,56 @@ class HeadOnly:
             )
         placements = copies(model, names)
         notes = (describe_copies(placements), *untied_notes(model, placements))
-        return Plan(self, placements, notes=notes)
+        return Plan(self, placements=placements, notes=notes)
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that make up the head; empty when there is none."""
     return find_head(model).names
+
+
+def trained_whole(
+    model: nn.Module, choice: HeadChoice, modules_to_save: Sequence[str], method: str
+) -> tuple[Placement, ...]:
+    """Copies of the head, as asked for, and of further modules, by the same patterns as elsewhere.
+
+    Raises:
+        UserError: a pattern means nothing, or nothing was said about the head where that is needed.
+    """
+    head, extra = find_head(model), extra_modules(model, modules_to_save)
+    trains = head_trains(model, head, choice, extra, method)
+    return copies(model, [*(head.names if trains else ()), *extra])
+
+
+def head_trains(
+    model: nn.Module,
+    head: Head,
+    choice: HeadChoice,
+    extra: Sequence[str],
+    method: str,
+    or_else: str = "",
+) -> bool:
+    """Whether a copy of the output layer trains, where no update is put on it.
+
+    Raises:
+        UserError: there is no output layer to train, or nothing was said and that is needed.
+    """
+    if choice == "train" and not head.names:
+        raise UserError(
+            f"head='train', but {type(model).__name__} has no output layer that Rankwise can "
+            "find. Name the module in modules_to_save instead."
+        )
+    if choice is not None:
+        return choice == "train"
+    if not head.names or set(head.names) <= set(extra):
+        return False
+    if head.kind == "output":
+        raise UserError(
+            f"The output layer '{head.names[0]}' would stay as it is, and nothing was said about "
+            f"it. Say {method}(..., head='train') to train it and save it with the adapter, or "
+            f"head='freeze' to leave it (right when it is pre-trained for this very task){or_else}."
+        )
+    return head.kind == "classification"
 
 
 def extra_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -95,9 +148,9 @@ def copies(model: nn.Module, names: Sequence[str]) -> tuple[Placement, ...]:
 def tied_partners(model: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, list[str]]]:
     """Each named module that shares a weight with other modules, and the names of those.
 
-    One module that hangs in two places is no partner of itself.
+    One module that hangs in two places is no partner of itself, and a shared bias is no weight.
     """
-    groups = shared_weights(model)
+    groups = [g for g in shared_weights(model) if all(n.endswith("weight") for n in g)]
     for name in names:
         own = {id(module) for module in model.get_submodule(name).modules()}
         owners = [[n.rpartition(".")[0] for n in group] for group in groups]

@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
 
-from rankwise.attaching import Placement, Plan
+from rankwise.attaching import Addition, Plan
 from rankwise.errors import UserError, gather, nearest
-from rankwise.inits import Init, Kaiming
-from rankwise.layers import Spec, shape_of, wrap
+from rankwise.inits import Fitted, Init, Kaiming, LoftQ, Start
+from rankwise.layers import Spec, Split, is_wrapped, rounds_inputs
+from rankwise.methods.additions import (
+    add_bias,
+    add_low_rank,
+    add_shared,
+    add_tokens,
+    bias_sites,
+    fitted_starts,
+    tied_sites,
+    token_sites,
+)
 from rankwise.methods.head import (
+    HeadChoice,
     copies,
     describe_copies,
     extra_modules,
-    tied_partners,
+    head_trains,
     untied_notes,
 )
+from rankwise.methods.notes import left_out_notes, tied_notes, tied_twice, undropped_notes
 from rankwise.targets import (
     ALL_LINEAR,
     Head,
-    Site,
+    Target,
     find_head,
     first_match,
     matches,
     select,
     sites,
+    targets_of,
 )
 
 __all__ = ["LoRA", "default_targets"]
@@ -40,7 +53,8 @@ _QUERY_VALUE = (
     ("q_proj", "v_proj"),
     ("query_proj", "value_proj"),
     ("q_lin", "v_lin"),
-    ("SelfAttention.q", "SelfAttention.v"),
+    (r".*Attention\.q", r".*Attention\.v"),
+    ("attn.q", "attn.v"),
     ("to_q", "to_v"),
     ("c_attn",),
     ("query_key_value",),
@@ -71,6 +85,21 @@ class LoRA:
         alpha_pattern: α for some modules.
         dropout: on the input of the LoRA branch during training, in [0, 1).
         init: how A and B start.
+        dora: a magnitude of each output trains beside the direction (DoRA, arXiv 2402.09353).
+        freeze_A: A keeps its start and B trains alone (LoRA-FA, arXiv 2308.03303); backward then
+            keeps N · r numbers of a layer and not its input.
+        bias: which biases train as well: "none", those of the "adapted" modules, or "all" of the
+            model that do not train with a whole module anyway.
+        trainable_tokens: rows of embeddings that train, by the embedding's name: the ids of new
+            tokens. Where the output layer is tied to the embedding it uses the same rows.
+        split: the parts of fused projections, by name or pattern: with
+            ``{"c_attn": Split(("q_proj", "k_proj", "v_proj"))}`` the target ``c_attn.q_proj``
+            means the query alone. nn.MultiheadAttention needs none.
+        tied: where a target shares its weight with another module, the update is put on both, so
+            that they stay tied. Without it the update is on the target only.
+        slot: room for this rank in every adapted layer, filled up with zeros, so that
+            :func:`rankwise.replace` can put other adapters in its place without another module or
+            another shape, and a compiled model need not be compiled again. None for no room.
         head: what becomes of the output layer. "train": a copy of it trains and is saved with the
             adapter. "freeze": it stays as it is. None: a classification head of transformers
             trains, a language model's output stays frozen, and for any other model whose output
@@ -92,8 +121,15 @@ class LoRA:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     dropout: float = 0.0
-    init: Init = Kaiming()
-    head: Literal["train", "freeze"] | None = None
+    init: Init | Fitted = Kaiming()
+    dora: bool = False
+    freeze_A: bool = False
+    bias: Literal["none", "adapted", "all"] = "none"
+    trainable_tokens: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
+    split: Mapping[str, Split] = field(default_factory=dict[str, Split])
+    tied: bool = False
+    slot: int | None = None
+    head: HeadChoice = None
     modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -128,6 +164,22 @@ class LoRA:
             yield from (f"{name} holds {w!r}, not a name." for w in words if not isinstance(w, str))
         if self.head not in (None, "train", "freeze"):
             yield f"head must be 'train', 'freeze' or None, got {self.head!r}."
+        if self.bias not in ("none", "adapted", "all"):
+            yield f"bias must be 'none', 'adapted' or 'all', got {self.bias!r}."
+        for pattern, split in self.split.items():
+            if not isinstance(split, Split):
+                yield f"split['{pattern}'] must be a rankwise.Split, got {split!r}."
+        if self.slot is not None:
+            yield from self._slot_problems(self.slot)
+
+    def _slot_problems(self, slot: int) -> Iterable[str]:
+        if isinstance(slot, bool) or not isinstance(slot, int) or slot < 1:
+            yield f"slot must be a whole number of 1 or more, got {slot!r}."
+        elif (most := max([self.r, *self.rank_pattern.values()])) > slot:
+            yield f"slot={slot} has no room for rank {most}."
+        clashes = {"dora": self.dora, "tied": self.tied, "freeze_A": self.freeze_A}
+        for name in (n for n, on in clashes.items() if on):
+            yield f"slot holds adapters of A and B alone; {name} cannot be used with it."
 
     def spec(self, name: str) -> Spec:
         """What the layer of this name is asked to be, by r, alpha and their patterns."""
@@ -136,35 +188,101 @@ class LoRA:
         a_key = first_match(self.alpha_pattern, name)
         default = 2.0 * r if self.alpha is None else self.alpha
         alpha = default if a_key is None else self.alpha_pattern[a_key]
-        return Spec(r, float(alpha), self.rank_stabilized, self.dropout, self.init)
+        return Spec(
+            r,
+            float(alpha),
+            self.rank_stabilized,
+            self.dropout,
+            self.init,
+            self.dora,
+            self.freeze_A,
+            self.slot,
+        )
 
     def plan(self, model: nn.Module) -> Plan:
         """Decide what is adapted and what trains, touching nothing.
 
+        A start that looks at the running model (EVA, LoRA-GA) runs it here.
+
         Raises:
             UserError: a target, exclude, pattern or layer number without a match; a module that
-                cannot be adapted; two targets that share one weight; an output layer about which
-                nothing was said.
+                cannot be adapted, or not in the way asked for; two targets that share one weight;
+                an output layer about which nothing was said.
         """
         targets = default_targets(model) if self.target_modules is None else self.target_modules
         excluded = tuple(self.exclude_modules)
         if ALL_LINEAR in targets:  # which means all but what trains whole
             excluded += tuple(extra_modules(model, self.modules_to_save))
-        chosen = select(model, tuple(targets), excluded, self.layers)
-        names = [site.name for site in chosen]
-        problems = [*self._unused_patterns(names), *self._bypassed(chosen)]
-        problems.extend(_tied_twice(model, names))
+        chosen = select(model, tuple(targets), excluded, self.layers, self.split)
+        names = [target.name for target in chosen]
+        problems = [*self._unused_patterns(names), *self._clashes(chosen)]
+        problems.extend(() if self.tied else tied_twice(model, chosen))
         gather(UserError, "LoRA cannot be attached as asked", problems)
-        copied = copies(model, self._trained_whole(model, names))
-        notes = list(_tied_notes(model, names))
+        whole = self._trained_whole(model, names)
+        copied = copies(model, whole)
+        method, additions = self._updates(model, chosen)
+        additions.extend(self._further(model, chosen, whole))
+        notes = [] if self.tied else list(tied_notes(model, chosen))
+        if ALL_LINEAR in targets:
+            notes.extend(left_out_notes(model, chosen, excluded, self.layers))
         if copied:
             notes.extend((describe_copies(copied), *untied_notes(model, copied)))
-        notes.extend(_full_rank_notes(chosen, self))
-        return Plan(
-            method=self,
-            placements=(*(_placement(site, self.spec(site.name)) for site in chosen), *copied),
-            notes=tuple(notes),
-        )
+        if self.dropout > 0:
+            notes.extend(undropped_notes(chosen))
+        notes.extend(method._sizes(chosen))
+        if isinstance(method.init, LoftQ) or not isinstance(method.init, Init):
+            # what it looked at, batches or a whole model, is not held as long as the adapter
+            method = replace(method, init=Kaiming())
+        return Plan(method, tuple(additions), copied, notes=tuple(notes))
+
+    def _updates(self, model: nn.Module, chosen: Sequence[Target]) -> tuple[LoRA, list[Addition]]:
+        """The low-rank updates, and the method with the ranks that its start chose."""
+        method = self
+        starts: Mapping[str, Start] = {}
+        if not isinstance(self.init, Init):
+            starts = fitted_starts(model, chosen, self.spec, self.init)
+            chosen = [t for t in chosen if t.name in starts]
+            ranks = {t.name: starts[t.name].A.shape[-2] for t in chosen}
+            changed = {n: r for n, r in ranks.items() if r != self.spec(n).r}
+            if changed:  # and α with them, so that each layer keeps its s
+                alphas = {n: self._alpha_for(n, r) for n, r in changed.items()}
+                method = replace(
+                    self,
+                    rank_pattern={**changed, **self.rank_pattern},
+                    alpha_pattern={**alphas, **self.alpha_pattern},
+                )
+        done: set[str] = set()
+        additions: list[Addition] = []
+        for target in chosen:
+            if target.name in done:
+                continue
+            spec = method.spec(target.name)
+            additions.append(add_low_rank(target, spec, starts.get(target.name)))
+            for partner in tied_sites(model, target.site.name) if self.tied else ():
+                additions.append(add_shared(target.name, partner))
+                done.add(partner.name)
+        return method, additions
+
+    def _alpha_for(self, name: str, r: int) -> float:
+        """The α that gives a layer the s it was asked for at another rank."""
+        return self.spec(name).scale * (math.sqrt(r) if self.rank_stabilized else r)
+
+    def _further(
+        self, model: nn.Module, chosen: Sequence[Target], whole: Sequence[str]
+    ) -> Iterable[Addition]:
+        """Trained biases and token rows."""
+        if self.bias != "none":
+            found = list(bias_sites(model, chosen, self.bias, whole))
+            if not found:
+                owners = "adapted module" if self.bias == "adapted" else "frozen module"
+                raise UserError(f"bias='{self.bias}', but no {owners} has a bias. Use bias='none'.")
+            for site, parameter, shape in found:
+                yield add_bias(site, parameter, shape)
+        for site, ids in token_sites(model, self.trainable_tokens):
+            rows = add_tokens(site, ids)
+            yield rows
+            for partner in tied_sites(model, site.name):
+                yield add_shared(rows.name, partner, "tokens")
 
     def _unused_patterns(self, names: Sequence[str]) -> Iterable[str]:
         options = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
@@ -177,16 +295,47 @@ class LoRA:
                         f"{nearest(pattern, [*ends, *names])}"
                     )
 
-    def _bypassed(self, chosen: Sequence[Site]) -> Iterable[str]:
-        if self.dropout == 0:
-            return
-        for site in chosen:
-            if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in site.owners):
+    def _clashes(self, chosen: Sequence[Target]) -> Iterable[str]:
+        """What these targets cannot do of what is asked."""
+        for target in chosen:
+            module, name = target.site.base, target.name
+            owners = (module, *(parent for parent, _ in target.site.owners()))
+            attention = any(isinstance(owner, nn.MultiheadAttention) for owner in owners)
+            if self.dropout > 0 and (attention or not is_wrapped(module)):
+                owner = "an nn.MultiheadAttention" if attention else f"a {type(module).__name__}"
                 yield (
-                    f"'{site.name}' belongs to an nn.MultiheadAttention, which reads its weight "
-                    "and never runs it, so dropout on the LoRA branch cannot take effect there. "
-                    "Use dropout=0, or put it in exclude_modules."
+                    f"'{name}' belongs to {owner}, which reads its weight and never runs it, so "
+                    "dropout on the LoRA branch cannot take effect there. Use dropout=0, or put "
+                    "it in exclude_modules."
                 )
+            if self.freeze_A and isinstance(module, nn.Embedding):
+                yield (
+                    f"'{name}' is an Embedding, whose A starts at zero: with freeze_A nothing "
+                    "would ever change. Put it in exclude_modules."
+                )
+            if self.dora and rounds_inputs(module):
+                yield (
+                    f"'{name}' rounds its inputs to 8 bits, and DoRA divides by the norms of a "
+                    "weight that is not the one it multiplies with. Load it in 4 bits, or use "
+                    "dora=False."
+                )
+            if self.slot is not None and target.layout.bank:
+                yield f"'{name}' is a bank of weights, which has no slots; use slot=None."
+            unshared = "DoRA" if self.dora else "a part of it" if target.layout.part else ""
+            if self.tied and unshared and tied_sites(target.site.root, target.site.name):
+                yield (
+                    f"'{name}' is tied to another module, and {unshared} cannot be shared. Use "
+                    "tied=False."
+                )
+
+    def _sizes(self, chosen: Sequence[Target]) -> Iterable[str]:
+        sizes = [(t, (t.layout.out_features, t.layout.in_features)) for t in chosen]
+        full = [(t, size) for t, size in sizes if self.spec(t.name).r >= min(size)]
+        if full:
+            yield (
+                f"r reaches the full rank of {len(full)} adapted layer(s), the first being "
+                f"'{full[0][0].name}' {full[0][1]}; a smaller r loses nothing."
+            )
 
     def _trained_whole(self, model: nn.Module, adapted: Sequence[str]) -> list[str]:
         head = find_head(model)
@@ -206,32 +355,18 @@ class LoRA:
     def _head_trains(
         self, model: nn.Module, head: Head, touched: Sequence[str], extra: Sequence[str]
     ) -> bool:
-        if self.head == "train" and not head.names:
-            raise UserError(
-                f"head='train', but {type(model).__name__} has no output layer that Rankwise can "
-                "find. Name the module in modules_to_save instead."
-            )
-        if self.head is not None:
-            return self.head == "train"
-        if not head.names or set(head.names) <= set(extra):
-            return False
-        if touched and head.kind == "classification":
+        unsaid = self.head is None and head.names and not set(head.names) <= set(extra)
+        if not touched or not unsaid:
+            further = ", or name it in target_modules"
+            return head_trains(model, head, self.head, extra, "LoRA", further)
+        if head.kind == "classification":
             raise UserError(
                 f"The targets mean '{touched[0]}' too, which is part of the output layer, so the "
                 "output layer would stay as it is but for a low-rank update. Put it in "
                 "exclude_modules and the output layer trains whole, or say LoRA(..., "
                 "head='freeze') where it is pre-trained for this very task."
             )
-        if touched:
-            return False
-        if head.kind == "output":
-            raise UserError(
-                f"The output layer '{head.names[0]}' would stay as it is, and nothing was said "
-                "about it. Say LoRA(..., head='train') to train it and save it with the adapter, "
-                "head='freeze' to leave it (right when it is pre-trained for this very task), or "
-                "name it in target_modules."
-            )
-        return head.kind == "classification"
+        return False
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:
@@ -240,45 +375,14 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     Raises:
         UserError: no known naming occurs; the message lists what could be named.
     """
-    names = list(sites(model))
+    names = list(dict.fromkeys([*sites(model), *targets_of(model)]))
     for entry in _QUERY_VALUE:
         if all(any(matches(part, name) for name in names) for part in entry):
             return entry
-    linear = [n for n, s in sites(model).items() if isinstance(s.module, nn.Linear)]
+    linear = [n for n, s in sites(model).items() if isinstance(s.base, nn.Linear)]
     ends = list(dict.fromkeys(n.rpartition(".")[2] for n in linear if not n[-1].isdigit()))
     listed = f" Its linear layers end in: {', '.join(ends[:12])}." if ends else ""
     raise UserError(
         f"{type(model).__name__} has no attention query and value of a known name, so "
         f"target_modules must be given: names of layers, or 'all-linear'.{listed}"
     )
-
-
-def _placement(site: Site, spec: Spec) -> Placement:
-    return Placement(site, lambda module: wrap(module, spec))
-
-
-def _tied_twice(model: nn.Module, names: Sequence[str]) -> Iterable[str]:
-    for name, others in tied_partners(model, names):
-        for other in others:
-            if other in names and names.index(name) < names.index(other):
-                yield (
-                    f"'{name}' and '{other}' share one weight, and both are targets: the weight "
-                    "would be adapted twice. Put one of them in exclude_modules."
-                )
-
-
-def _tied_notes(model: nn.Module, names: Sequence[str]) -> Iterable[str]:
-    for name, others in tied_partners(model, names):
-        yield (
-            f"'{name}' shares its weight with {', '.join(others)}: the update applies to '{name}' "
-            "only, and merging gives it a weight of its own."
-        )
-
-
-def _full_rank_notes(chosen: Sequence[Site], method: LoRA) -> Iterable[str]:
-    full = [s for s in chosen if method.spec(s.name).r >= min(shape_of(s.module))]
-    if full:
-        yield (
-            f"r reaches the full rank of {len(full)} adapted layer(s), the first being "
-            f"'{full[0].name}' {shape_of(full[0].module)}; a smaller r loses nothing."
-        )

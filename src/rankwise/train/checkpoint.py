@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from rankwise.errors import ArtifactError, RankwiseError
 from rankwise.io import files
 from rankwise.io.tensors import read_tensors, write_tensors
+from rankwise.layers import LowRank
 
-__all__ = ["Progress", "capture_rng", "load_newest", "restore_rng", "save"]
+__all__ = ["Progress", "capture_rng", "frozen_state", "load_newest", "restore_rng", "save"]
 
 _TENSORS, _STATE, _SEAL = "tensors.safetensors", "state.json", "complete.json"
 _FORMAT = 1
@@ -89,10 +90,23 @@ def _device_rng(device: torch.device) -> Tensor | None:
     return torch.mps.get_rng_state() if device.type == "mps" else None
 
 
+def frozen_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What of the updates does not train but was made at the start: a frozen A, A0 and B0.
+
+    It is part of a checkpoint, so that going on does not depend on computing it again.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank):
+            held = {"start_A": module.start_A, "start_B": module.start_B}
+            if module.spec.freeze_A:
+                held["lora_A"] = module.lora_A
+            yield from ((f"{name}.{key}", t) for key, t in held.items() if t is not None)
+
+
 def save(
     folder: Path,
     progress: Progress,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     keep: int,
@@ -107,7 +121,8 @@ def save(
     """
     tensors = {f"param/{n}": p.detach() for n, p in parameters.items()}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        held = optimizer.state.get(parameter, {}) if isinstance(parameter, nn.Parameter) else {}
+        for key, value in held.items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value)
     rng = capture_rng(device)
     tensors["rng/torch"] = rng.pop("torch")
@@ -130,7 +145,7 @@ def save(
 
 def load_newest(
     folder: Path,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> tuple[Progress | None, list[str]]:
@@ -171,7 +186,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _read(
-    folder: Path, parameters: Mapping[str, nn.Parameter]
+    folder: Path, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
     try:
         seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
@@ -197,7 +212,7 @@ def _read(
 
 def _apply(
     tensors: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
     with torch.no_grad():
@@ -208,5 +223,5 @@ def _apply(
                 for key in ("exp_avg", "exp_avg_sq", "step")
                 if f"{key}/{name}" in tensors
             }
-            if state:
+            if state and isinstance(parameter, nn.Parameter):
                 optimizer.state[parameter] = state

@@ -61,6 +61,15 @@ def _option(default: Any, text: str, group: str, **checks: Any) -> Any:
     return Field(default, description=text, json_schema_extra={"group": group}, **checks)
 
 
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+LEARNING_RATES = {
+    "lora": 1e-3,
+    "head": 5e-3,
+    "full": 5e-5,
+    "bitfit": 1e-3,  # of 1e-4 to 1e-3 in Ben Zaken et al. 2021
+    "bottleneck": 1e-3,  # of 3e-5 to 3e-3 in Houlsby et al. 2019, section 3.2
+    "prefix": 1e-2,  # free keys and values: 5e-3 to 1e-2 in Liu et al. 2021, arXiv 2110.07602
+}
 MODEL, DATA, METHOD, TRAINING, RUN = "Model", "Data", "Method", "Training", "Run"
 
 
@@ -108,8 +117,12 @@ class FitConfig(BaseModel):
         256, "Longest input in tokens; longer ones are cut, and counted in a note.", DATA
     )
 
-    method: Literal["lora", "head", "full"] = _option(
-        "lora", "What trains: low-rank updates, the output layer alone, or everything.", METHOD
+    method: Literal["lora", "head", "full", "bitfit", "bottleneck", "prefix"] = _option(
+        "lora",
+        "What trains: low-rank updates, the output layer alone, everything, the biases, bottleneck "
+        "networks behind layers, or a prefix of keys and values. All but full train the output "
+        "layer of a classifier as well.",
+        METHOD,
     )
     r: Positive = _option(8, "Rank of the updates.", METHOD)
     alpha: Rate | None = _option(None, "α in the scale α/r; 2·r when not given.", METHOD)
@@ -127,8 +140,38 @@ class FitConfig(BaseModel):
     dropout: float = _option(
         0.0, "Dropout on the input of the LoRA branch.", METHOD, ge=0, lt=1, allow_inf_nan=False
     )
-    init: Literal["kaiming", "gaussian"] = _option(
-        "kaiming", "How the random factor starts; the other is zero.", METHOD
+    init: Init = _option(
+        "kaiming",
+        "How A and B start. kaiming, gaussian and orthogonal are random; pissa and olora take them "
+        "from the weight, eva from the inputs and lora-ga from the gradients of a few batches. The "
+        "first step is the base whichever it is.",
+        METHOD,
+    )
+    dora: bool = _option(
+        False, "Train a magnitude of each output beside the direction (DoRA).", METHOD
+    )
+    freeze_a: bool = _option(
+        False, "Leave A at its start and train B alone (LoRA-FA); needs less memory.", METHOD
+    )
+    bias: Literal["none", "adapted", "all"] = _option(
+        "none", "Biases that train as well: none, those of the adapted layers, or all.", METHOD
+    )
+    tied: bool = _option(
+        False,
+        "Where an adapted layer shares its weight with another, put the update on both, so that "
+        "they stay tied.",
+        METHOD,
+    )
+    adapter_size: Positive = _option(64, "Width of the bottleneck networks.", METHOD)
+    adapter_placement: Literal["houlsby", "pfeiffer"] | None = _option(
+        None,
+        "Where bottleneck networks stand: houlsby behind attention and feed-forward, with trained "
+        "normalisations, pfeiffer behind feed-forward alone. With --target-modules they stand "
+        "behind those layers. houlsby when neither is given.",
+        METHOD,
+    )
+    prefix_length: Positive = _option(
+        16, "Trained keys and values in front of those of each attention.", METHOD
     )
     head: Literal["auto", "train", "freeze"] = _option(
         "auto",
@@ -146,8 +189,17 @@ class FitConfig(BaseModel):
     )
     lr: Rate | None = _option(
         None,
-        "Highest learning rate; by default 1e-3 for lora, 5e-3 for head and 5e-5 for full.",
+        "Highest learning rate; by default 1e-3 for lora, bitfit and bottleneck, 5e-3 for head, "
+        "1e-2 for prefix and 5e-5 for full.",
         TRAINING,
+    )
+    lora_plus: float = _option(
+        1.0,
+        "LoRA+: the learning rate of B is so many times that of A; 1 is plain LoRA, 16 what its "
+        "authors propose, with a smaller lr.",
+        TRAINING,
+        ge=1,
+        allow_inf_nan=False,
     )
     weight_decay: float = _option(0.0, "AdamW's weight decay.", TRAINING, ge=0, allow_inf_nan=False)
     warmup: float = _option(
@@ -167,6 +219,12 @@ class FitConfig(BaseModel):
     metric: str | None = _option(
         None, "Metric that picks the best adapter; the task's usual one when not given.", RUN
     )
+    select: Literal["best", "last"] = _option(
+        "best",
+        "Which evaluation decides what is kept as the adapter: the best, or the last, so that the "
+        "evaluation rows choose nothing.",
+        RUN,
+    )
     eval_every: Positive | None = _option(
         None, "Evaluate every so many steps; after each epoch when not given.", RUN
     )
@@ -178,11 +236,7 @@ class FitConfig(BaseModel):
 
     @property
     def learning_rate(self) -> float:
-        return (
-            self.lr
-            if self.lr is not None
-            else {"lora": 1e-3, "head": 5e-3, "full": 5e-5}[self.method]
-        )
+        return self.lr if self.lr is not None else LEARNING_RATES[self.method]
 
 
 def make_config(values: Mapping[str, Any], where: str) -> FitConfig:
@@ -216,6 +270,8 @@ def _defaults(config: FitConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"lr": config.learning_rate}
     if config.alpha is None and config.method == "lora" and not config.rank_pattern:
         found["alpha"] = 2.0 * config.r
+    if config.method == "bottleneck" and config.target_modules is None:
+        found["adapter_placement"] = config.adapter_placement or "houlsby"
     if config.metric is None and config.task != "auto":
         from rankwise.train.metrics import METRICS  # it imports NumPy, which takes a moment
 

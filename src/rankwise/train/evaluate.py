@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from rankwise.data.batches import BatchPlan, collate
 from rankwise.data.encode import Encoded
 from rankwise.errors import EnvironmentFault
+from rankwise.train.answers import Answers
 from rankwise.train.metrics import score
 from rankwise.train.precision import allocation_failed
 from rankwise.train.reporter import Reporter, Silent
 
-__all__ = ["Rows", "batch_loss", "evaluate", "outputs", "targets_in"]
+__all__ = ["Rows", "batch_loss", "evaluate", "measure", "outputs", "row_losses", "targets_in"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,18 @@ class Rows:
 def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, Tensor]:
     """The sum of a batch's losses (a scalar with a gradient) and the model's logits, in float32.
 
-    Cross-entropy over rows for classification, squared error for regression; for a language model
-    cross-entropy of each token given those before it, over the tokens whose label is not -100.
     Sums, so that a batch cut into parts gives the same gradient as the whole.
+    """
+    losses, logits = row_losses(model, batch, task)
+    return losses.sum(), logits
+
+
+def row_losses(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, Tensor]:
+    """The loss of each row of a batch, (rows,), and the model's logits, in float32.
+
+    Cross-entropy for classification, squared error for regression; for a language model the sum of
+    the cross-entropies of each token given those before it, over the tokens whose label is not
+    -100.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     result: Any = model(**inputs)
@@ -57,10 +67,11 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> tupl
     labels = batch["labels"]
     if task == "causal-lm":
         flat = logits[:, :-1].reshape(-1, logits.shape[-1])
-        return F.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="sum"), logits
+        each = F.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="none")
+        return each.view(len(labels), -1).sum(dim=1), logits
     if task == "regression":
-        return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum"), logits
-    return F.cross_entropy(logits, labels, reduction="sum"), logits
+        return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="none"), logits
+    return F.cross_entropy(logits, labels, reduction="none"), logits
 
 
 def targets_in(encoded: Encoded, indices: list[int], task: str) -> int:
@@ -83,27 +94,32 @@ def outputs(
     Raises:
         EnvironmentFault: a single row does not fit.
     """
-    watcher = reporter or Silent()
+    found, losses = _run(model, rows, batch_size, reporter or Silent())
+    return found, _mean(losses, rows)
+
+
+def _run(
+    model: nn.Module, rows: Rows, batch_size: int, watcher: Reporter
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float64]]:
+    """Outputs of every row, None for a language model, and the rows' losses, 0 without labels."""
     pending = BatchPlan(rows.encoded.lengths, batch_size, shuffle=False).epoch(0)[::-1]
     was_training = model.training
     model.eval()
     kept: dict[int, NDArray[np.float32]] = {}
-    loss, count, done = 0.0, 0, 0
+    losses = np.zeros(len(rows.encoded))
+    done = 0
     watcher.start("evaluating", len(rows.encoded))
     try:
         with torch.no_grad():
             while pending:
                 indices = pending.pop()
                 try:
-                    part, logits = _pass(model, rows, indices)
+                    losses[indices], logits = _pass(model, rows, indices)
                 except (RuntimeError, MemoryError) as error:
                     if not allocation_failed(error):
                         raise
                     pending.extend(_halves(indices, error))
                     continue
-                if rows.encoded.labels is not None:
-                    loss += part
-                    count += targets_in(rows.encoded, indices, rows.task)
                 if rows.task != "causal-lm":
                     kept.update(zip(indices, logits.cpu().numpy(), strict=True))
                 done += len(indices)
@@ -111,20 +127,29 @@ def outputs(
     finally:
         watcher.finish()
         model.train(was_training)
-    mean = loss / count if count else float("nan")
     if rows.task == "causal-lm":
-        return None, mean
+        return None, losses
     stacked = np.stack([kept[i] for i in range(len(rows.encoded))])
-    return (stacked[:, 0] if rows.task == "regression" else stacked), mean
+    return (stacked[:, 0] if rows.task == "regression" else stacked), losses
 
 
-def _pass(model: nn.Module, rows: Rows, indices: list[int]) -> tuple[float, Tensor]:
-    """The summed loss of some rows, 0 where they have no labels, and their logits."""
+def _mean(losses: NDArray[np.float64], rows: Rows) -> float:
+    """The mean loss over the targets of all rows; NaN without labels."""
+    if rows.encoded.labels is None:
+        return float("nan")
+    count = targets_in(rows.encoded, list(range(len(rows.encoded))), rows.task)
+    return float(losses.sum()) / count if count else float("nan")
+
+
+def _pass(
+    model: nn.Module, rows: Rows, indices: list[int]
+) -> tuple[float | NDArray[np.float32], Tensor]:
+    """The losses of some rows, 0 where they have no labels, and their logits."""
     batch = rows.batch(indices)
     if "labels" not in batch:
         return 0.0, model(**batch).logits.float()
-    loss, logits = batch_loss(model, batch, rows.task)
-    return loss.item(), logits
+    losses, logits = row_losses(model, batch, rows.task)
+    return losses.cpu().numpy(), logits
 
 
 def _halves(indices: list[int], error: BaseException) -> tuple[list[int], list[int]]:
@@ -141,6 +166,24 @@ def evaluate(
     model: nn.Module, rows: Rows, batch_size: int, reporter: Reporter | None = None
 ) -> dict[str, float]:
     """The task's metrics over labelled rows."""
-    predictions, loss = outputs(model, rows, batch_size, reporter)
-    labels = None if predictions is None else np.asarray(rows.encoded.labels, dtype=np.float64)
-    return dict(score(rows.task, loss, predictions, labels))
+    return measure(model, rows, batch_size, reporter)[0]
+
+
+def measure(
+    model: nn.Module, rows: Rows, batch_size: int, reporter: Reporter | None = None
+) -> tuple[dict[str, float], Answers]:
+    """The task's metrics over labelled rows, and the answer to each row."""
+    found, losses = _run(model, rows, batch_size, reporter or Silent())
+    labels = None if found is None else np.asarray(rows.encoded.labels, dtype=np.float64)
+    metrics = dict(score(rows.task, _mean(losses, rows), found, labels))
+    classes = found.shape[1] if found is not None and rows.task == "classification" else 0
+    guessed = found.argmax(axis=1) if found is not None and classes else found
+    answers = Answers(
+        rows=np.asarray(rows.encoded.kept, dtype=np.int64),
+        losses=losses,
+        targets=np.asarray([targets_in(rows.encoded, [i], rows.task) for i in range(len(losses))]),
+        labels=labels,
+        predictions=None if guessed is None else guessed.astype(np.float64),
+        classes=classes,
+    )
+    return metrics, answers

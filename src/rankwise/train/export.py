@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,11 @@ from rankwise.data.encode import encode, padding_id
 from rankwise.data.examples import Examples
 from rankwise.errors import ArtifactError, RankwiseError, UserError
 from rankwise.io import files
+from rankwise.layers import Network, Prefix
 from rankwise.merging import merge
 from rankwise.train.evaluate import Rows
+from rankwise.train.exported import Format, write_model
+from rankwise.train.manifest import read_manifest
 from rankwise.train.model import fingerprint_folder, import_transformers, quiet_transformers
 from rankwise.train.predict import examples_of_file, examples_of_text
 from rankwise.train.reporter import Reporter, Silent
@@ -50,13 +53,15 @@ def merge_run(
     which: str = "adapter",
     dtype: str | None = None,
     probe: str | None = None,
+    exports: Sequence[Format] = (),
     reporter: Reporter | None = None,
 ) -> Certificate:
     """Write a run's model, its adapter merged in, as a plain transformers folder.
 
     The merge is measured on probe rows (``probe``, else the run's own evaluation rows, else a few
     fixed sentences), the folder is read back and must give the merged model's outputs bit for bit,
-    and ``certificate.json`` in it says what was measured. On any failure nothing is written.
+    and ``certificate.json`` in it says what was measured. What is exported as well stands beside
+    the weights, and was run on the probe rows too. On any failure nothing is written.
 
     Args:
         run: the run folder.
@@ -65,19 +70,27 @@ def merge_run(
         which: "adapter" (the best) or "last".
         dtype: "float32", "bfloat16" or "float16"; the base's own when None.
         probe: a file of rows like the training rows.
+        exports: further files of the merged model to write, Onnx() or TorchExport().
         reporter: told what happens.
 
     Raises:
         UserError: ``out`` holds something, or the options do not fit the run.
-        ArtifactError: the merge does not give what the adapter gives, or a file is damaged.
+        ArtifactError: the folder does not give what was merged, or a file is damaged.
+        MergeError: the merge does not give what the adapter gives.
+        ExportError: a further file cannot be written, or does not give what was merged.
+        EnvironmentFault: a package that an export takes is missing, or the disk refuses.
     """
     target = Path(out)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"'{target}' is there already and not empty; name another --out.")
+    for form in exports:
+        form.versions()  # what is missing is told before anything is loaded
+    _refuse_additions(run)
+    watcher = reporter or Silent()
     wanted = None if dtype is None else getattr(torch, dtype)
     loaded = restore(run, model=model, which=which, dtype=wanted)
     network: Any = loaded.base.model
-    batch, described = _probe(loaded, probe, reporter or Silent())
+    batch, described = _probe(loaded, probe, watcher)
     certificate = replace(merge(network, keep=False, probe=batch), probe=described)
     if certificate.untied:
         network.config.tie_word_embeddings = False
@@ -86,6 +99,7 @@ def merge_run(
             network.save_pretrained(temporary)
             _unbound(loaded.base.tokenizer).save_pretrained(temporary)
         _read_back(network, temporary, batch)
+        reports = [write_model(network, temporary, batch, form) for form in exports]
         adapter = Path(run) / which
         weights = sorted(adapter.glob("*.safetensors"))
         certificate = certificate.with_files(
@@ -93,12 +107,29 @@ def merge_run(
             adapter=f"sha256:{files.sha256_file(weights[0])}",
             merged=fingerprint_folder(temporary),
         )
-        files.write_json(temporary / "certificate.json", _record(certificate))
+        record = {**certificate.to_json(), "read_back": "equal bit for bit"}
+        record |= {"exports": [report.to_json() for report in reports]} if reports else {}
+        files.write_json(temporary / "certificate.json", record)
+    for report in reports:
+        watcher.note(report.line())
     return certificate
 
 
-def _record(certificate: Certificate) -> dict[str, Any]:
-    return {**certificate.to_json(), "read_back": "equal bit for bit"}
+def _refuse_additions(run: str | Path) -> None:
+    """Refuse at once what no weight can hold, before anything is loaded.
+
+    Raises:
+        UserError: the run trained bottlenecks or a prefix; or the folder is no run.
+    """
+    manifest = read_manifest(run)
+    barrier = {"bottleneck": Network.barrier, "prefix": Prefix.barrier}
+    reason = barrier.get(manifest["method"]["method"])
+    if reason is not None:
+        raise UserError(
+            f"The run in '{run}' ({manifest['name']}) cannot be merged: what it added to each of "
+            f"its layers {reason}. Use the base with the adapter on it: rankwise predict {run}, or "
+            "rankwise.load_adapter."
+        )
 
 
 def _unbound(tokenizer: Any) -> Any:

@@ -16,19 +16,25 @@ from torch import nn
 from rankwise.data.batches import BatchPlan
 from rankwise.errors import EnvironmentFault, UserError
 from rankwise.io.files import append_text
+from rankwise.methods.groups import parameter_groups
 from rankwise.train import checkpoint
+from rankwise.train.answers import Answers
 from rankwise.train.checkpoint import Progress
 from rankwise.train.config import FitConfig
-from rankwise.train.evaluate import Rows, batch_loss, evaluate, targets_in
+from rankwise.train.evaluate import Rows, batch_loss, measure, targets_in
 from rankwise.train.metrics import better
 from rankwise.train.optim import adamw, learning_rate, set_rate
 from rankwise.train.precision import allocation_failed
 from rankwise.train.reporter import Reporter
 from rankwise.train.signals import Interrupted, StopRequest
 
-__all__ = ["Loop"]
+__all__ = ["Diverged", "Loop"]
 
 _LOGGED_STEPS = 1000
+
+
+class Diverged(UserError):
+    """Too many steps in a row had a loss or a gradient that was not a finite number."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class Loop:
         config: the options.
         metric: the metric that picks the best.
         folder: the run folder; ``metrics.jsonl`` and ``checkpoints/`` are written here.
-        save_best: called when an evaluation is the best so far, to write the adapter.
+        save_best: called with the answers of an evaluation that decides what is kept, to write
+            the adapter: the best so far, or with ``select: last`` the last.
         reporter: told what happens.
     """
 
@@ -61,7 +68,7 @@ class Loop:
         config: FitConfig,
         metric: str,
         folder: Path,
-        save_best: Callable[[], None],
+        save_best: Callable[[Answers], None],
         reporter: Reporter,
     ) -> None:
         self.model = model
@@ -73,7 +80,11 @@ class Loop:
         self.save_best = save_best
         self.reporter = reporter
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = adamw(self.parameters.values(), config.weight_decay)
+        rates = parameter_groups(
+            model, 0.0, lora_plus=config.lora_plus, weight_decay=config.weight_decay
+        )
+        self.optimizer = adamw(rates)
+        self.state = self.parameters | dict(checkpoint.frozen_state(model))
         lengths = train.encoded.lengths
         self.plan = BatchPlan(lengths, config.batch_size, config.seed, group=config.group_by_length)
         self.steps_per_epoch = math.ceil(len(self.plan) / config.accumulate)
@@ -92,7 +103,7 @@ class Loop:
             ArtifactError: there are checkpoints, and all are damaged.
         """
         found, notes = checkpoint.load_newest(
-            self.folder / "checkpoints", self.parameters, self.optimizer, self.train_rows.device
+            self.folder / "checkpoints", self.state, self.optimizer, self.train_rows.device
         )
         for note in notes:
             self.reporter.note(note)
@@ -113,7 +124,7 @@ class Loop:
 
         Raises:
             Interrupted: a signal asked to stop; everything is saved.
-            UserError: too many steps in a row were not finite.
+            Diverged: too many steps in a row were not finite.
             EnvironmentFault: memory runs out with a single row.
         """
         self.reporter.start("training", self.total, self.progress.step)
@@ -158,7 +169,7 @@ class Loop:
         self.reporter.advance(done, {k: v for k, v in shown.items() if k == "loss" or v})
         none_taken = done == self.total == self.progress.skipped
         if self.progress.skipped_in_row >= self.config.max_skipped or none_taken:
-            raise UserError(
+            raise Diverged(
                 f"Stopped at step {done}: the loss or the gradient was not a finite number for "
                 f"{self.progress.skipped_in_row} steps in a row. Lower --lr (now "
                 f"{self.config.learning_rate:g}), use --dtype float32, or look for broken rows."
@@ -263,19 +274,23 @@ class Loop:
         self.progress = replace(self.progress, window=(0.0, 0))
 
     def _evaluate(self) -> None:
-        """Measure, and save what is the best so far; the generators are left as they were."""
+        """Measure, and save what is to be kept; the generators are left as they were."""
         rng = checkpoint.capture_rng(self.train_rows.device)
         began = time.perf_counter()
-        metrics = evaluate(self.model, self.held, self.config.eval_batch_size)
+        metrics, answers = measure(self.model, self.held, self.config.eval_batch_size)
         seconds = self.progress.eval_seconds + time.perf_counter() - began
         self.progress = replace(self.progress, eval_seconds=seconds)
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._log({"event": "eval", **finite})
         p = self.progress
-        if better(self.metric, metrics[self.metric], p.best) or p.best_step is None:
+        if self.config.select == "last":
+            kept = p.step == self.total
+        else:
+            kept = better(self.metric, metrics[self.metric], p.best) or p.best_step is None
+        if kept:
             best = metrics[self.metric]
             self.progress = replace(p, best=best, best_step=p.step, best_metrics=metrics)
-            self.save_best()
+            self.save_best(answers)
         epoch = p.step / self.steps_per_epoch
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         self.reporter.note(f"epoch {epoch:.2f}, step {p.step}: {shown}")
@@ -292,7 +307,7 @@ class Loop:
         checkpoint.save(
             self.folder / "checkpoints",
             self.progress,
-            self.parameters,
+            self.state,
             self.optimizer,
             self.train_rows.device,
             self.config.keep_checkpoints,

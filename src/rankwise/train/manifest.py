@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 import rankwise
-from rankwise.attaching import lora_layers, trained_copies
+from rankwise.attaching import low_rank_updates, trained_copies, updates_of
 from rankwise.data.examples import Examples
 from rankwise.errors import ArtifactError, UserError
 from rankwise.io.files import write_json
+from rankwise.layers import LowRank
 from rankwise.lowrank import count
 from rankwise.train.config import FitConfig
 
@@ -69,9 +70,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def method_record(config: FitConfig) -> tuple[str, dict[str, Any]]:
     """A short name of the method, and its options as recorded."""
     if config.method != "lora":
-        return {"head": "head-only", "full": "full fine-tuning"}[config.method], {
-            "method": config.method
-        }
+        return _other_record(config)
     alpha = config.alpha if config.alpha is not None else 2.0 * config.r
     options = {
         "method": "lora",
@@ -81,9 +80,52 @@ def method_record(config: FitConfig) -> tuple[str, dict[str, Any]]:
         "rank_stabilized": config.rank_stabilized,
         "dropout": config.dropout,
         "init": config.init,
+        "dora": config.dora,
+        "freeze_A": config.freeze_a,
+        "bias": config.bias,
+        "lora_plus": config.lora_plus,
+        "tied": config.tied,
     }
-    every = ", all-linear" if config.target_modules == ["all-linear"] else ""
-    return f"LoRA r={config.r}{every}", options
+    return f"{'DoRA' if config.dora else 'LoRA'} r={config.r}{_variant(config)}", options
+
+
+def _other_record(config: FitConfig) -> tuple[str, dict[str, Any]]:
+    """The same for the methods that are not LoRA."""
+    where = (config.adapter_placement or "houlsby").capitalize()
+    where = where if config.target_modules is None else "named layers"
+    size, length = config.adapter_size, config.prefix_length
+    names = {
+        "head": "head-only",
+        "full": "full fine-tuning",
+        "bitfit": "BitFit",
+        "bottleneck": f"bottleneck m={size}, {where}",
+        "prefix": f"prefix L={length}",
+    }
+    options: dict[str, dict[str, Any]] = {
+        "bottleneck": {
+            "size": size,
+            "placement": config.adapter_placement,
+            "target_modules": config.target_modules,
+        },
+        "prefix": {"length": length},
+    }
+    return names[config.method], {"method": config.method, **options.get(config.method, {})}
+
+
+def _variant(config: FitConfig) -> str:
+    """What sets a run's method apart from plain LoRA, for its name."""
+    alpha = 2.0 * config.r if config.alpha is None else config.alpha
+    said = {
+        f"α={alpha:g}": alpha != 2 * config.r,
+        "all-linear": config.target_modules == ["all-linear"],
+        config.init: config.init != "kaiming",
+        "A frozen": config.freeze_a,
+        "rank-stabilised": config.rank_stabilized,
+        f"{config.bias} biases": config.bias != "none",
+        f"B {config.lora_plus:g} times as fast": config.lora_plus != 1,
+        "tied": config.tied,
+    }
+    return "".join(f", {words}" for words, true in said.items() if true)
 
 
 def counts(model: nn.Module) -> dict[str, int | None]:
@@ -91,21 +133,30 @@ def counts(model: nn.Module) -> dict[str, int | None]:
 
     The base counts the model without its updates, the head included.
     """
-    layers = lora_layers(model).values()
-    adapter = sum(layer.factors().count() for layer in layers)
-    formula = sum(
-        count(layer.lora_B.shape[0], layer.lora_A.shape[1], layer.spec.r) for layer in layers
-    )
+    updates = updates_of(model).values()
+    adapter = sum(p.numel() for update in updates for p in update.trained())
+    beside = sum(p.numel() for update in updates for p in update.parameters())
+    formula = sum(map(_by_formula, low_rank_updates(model).values()))
+    rest = sum(p.numel() for u in updates if not isinstance(u, LowRank) for p in u.trained())
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = sum(p.numel() for m in trained_copies(model).values() for p in m.parameters())
     return {
-        "base": total - adapter,
+        "base": total - beside,
         "adapter": adapter,
-        "adapter_formula": formula if adapter else None,
+        "adapter_formula": formula + rest if adapter else None,
         "head": head,
         "trainable": trainable,
     }
+
+
+def _by_formula(update: LowRank) -> int:
+    """r (in + out), r · out where A is frozen, and out more for DoRA; times E for a bank."""
+    out_features, in_features = update.layout.out_features, update.layout.in_features
+    trained = count(out_features, in_features, update.spec.r)
+    trained -= update.spec.r * in_features if update.spec.freeze_A else 0
+    trained += out_features if update.spec.dora else 0
+    return trained * (update.layout.experts or 1)
 
 
 def describe_data(examples: Examples) -> dict[str, Any]:

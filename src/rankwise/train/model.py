@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,6 +204,8 @@ def quiet_transformers() -> Generator[None]:
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    # transformers imports torchao where it is there, and torch logs about its enumerations
+    getLogger("torch.utils._pytree").setLevel(ERROR)
     logging.disable_progress_bar()
     try:
         yield

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
 
 __all__ = ["adamw", "learning_rate", "set_rate"]
 
 
-def adamw(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) in one fused step.
 
-    Vectors (biases, normalisation weights) do not decay, as is usual; matrices do.
+    The groups are those of :func:`rankwise.parameter_groups`.
     """
-    every = list(parameters)
-    groups = [
-        {"params": [p for p in every if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in every if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
+    return torch.optim.AdamW(list(groups), fused=True)
 
 
 def learning_rate(step: int, total: int, highest: float, warmup: float) -> float:
@@ -37,6 +32,6 @@ def learning_rate(step: int, total: int, highest: float, warmup: float) -> float
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use this learning rate from the next step on."""
+    """Use this learning rate from the next step on, times each group's ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["ratio"]

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.attaching import attach, lora_layers
+from rankwise.attaching import attach, low_rank_updates, updates_of
+from rankwise.layers import FreePrefix, LowRank, Network, Offset, Update
 from rankwise.lowrank import count
 from rankwise.methods.head import head_modules
 from rankwise.methods.lora import LoRA
+from rankwise.targets import targets_of
 from rankwise.train.config import FitConfig
 from rankwise.train.manifest import counts
 from rankwise.train.model import (
@@ -23,7 +25,7 @@ from rankwise.train.model import (
 )
 from rankwise.train.setup import make_method
 
-__all__ = ["LayerPlan", "ModelPlan", "plan_model"]
+__all__ = ["AdditionPlan", "LayerPlan", "ModelPlan", "plan_model"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,22 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class AdditionPlan:
+    """What else would be added: to which module, of what kind, in how many parameters."""
+
+    name: str
+    kind: str
+    parameters: int
+
+
+@dataclass(frozen=True)
 class ModelPlan:
     """What would be adapted and trained.
 
     Attributes:
         model: where the config came from.
-        layers: the adapted layers, in the model's order.
+        layers: the layers with a low-rank update, in the model's order.
+        additions: biases, bottlenecks and prefixes, in the model's order.
         counts: parameters of the base, the updates, the head, and all that trains.
         memory: bytes of the frozen base (float32 and bfloat16), and of the trained parameters,
             their gradients and AdamW's two moments, all float32; and of the adapter file.
@@ -54,6 +66,7 @@ class ModelPlan:
 
     model: str
     layers: tuple[LayerPlan, ...]
+    additions: tuple[AdditionPlan, ...]
     counts: dict[str, int | None]
     memory: dict[str, int]
     notes: tuple[str, ...]
@@ -78,19 +91,15 @@ def plan_model(config: FitConfig, labels: int = 2) -> ModelPlan:
         settings.num_labels = 1
     model = _skeleton(settings, task)
     base = Base(model, None, config.model, "", (), None)  # type: ignore[arg-type]
-    sizes = dict(model.named_modules())
+    kinds = {name: type(target.site.base).__name__ for name, target in targets_of(model).items()}
     done = attach(model, make_method(config, base))
     layers = tuple(
-        LayerPlan(
-            name,
-            type(sizes[name]).__name__,
-            (layer.lora_B.shape[0], layer.lora_A.shape[1]),
-            layer.spec.r,
-            layer.spec.alpha,
-            layer.scale,
-            count(layer.lora_B.shape[0], layer.lora_A.shape[1], layer.spec.r),
-        )
-        for name, layer in lora_layers(model).items()
+        _layer_plan(name, kinds[name], update) for name, update in low_rank_updates(model).items()
+    )
+    additions = tuple(
+        AdditionPlan(name, _kind(update), sum(p.numel() for p in update.trained()))
+        for name, update in updates_of(model).items()
+        if not isinstance(update, LowRank)
     )
     numbers = counts(model)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -106,7 +115,27 @@ def plan_model(config: FitConfig, labels: int = 2) -> ModelPlan:
     notes = [f"Task: {task}.", *done.notes]
     if isinstance(done.method, LoRA) and not head_modules(model):
         notes.append("The model has no output layer; what is adapted is an encoder alone.")
-    return ModelPlan(config.model, layers, numbers, memory, tuple(notes))
+    return ModelPlan(config.model, layers, additions, numbers, memory, tuple(notes))
+
+
+def _layer_plan(name: str, kind: str, update: LowRank) -> LayerPlan:
+    shape = (update.layout.out_features, update.layout.in_features)
+    spec = update.spec
+    number = count(*shape, spec.r) * (update.layout.experts or 1)
+    return LayerPlan(name, kind, shape, spec.r, spec.alpha, spec.scale, number)
+
+
+def _kind(update: Update) -> str:
+    """What an update is, in words."""
+    if isinstance(update, Network):
+        size, _ = update.down.shape
+        return f"bottleneck of {size}, {update.activation.value}"
+    if isinstance(update, FreePrefix):
+        heads, length, _ = update.keys.shape
+        return f"prefix of {length} for {heads} heads"
+    if isinstance(update, Offset):
+        return f"trained {update.layout.parameter}"
+    return type(update).__name__
 
 
 def _task_of(settings: Any) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.attaching import attachment, trained_copies
 from rankwise.errors import EnvironmentFault
+from rankwise.layers import Update
 from rankwise.targets import find_head
 
 __all__ = ["Choice", "cast_frozen", "choose_device", "choose_dtype"]
@@ -99,8 +100,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     outputs, the logits, in its own. The originals that the copies stand for are cast as well, so
     that detaching gives a model of one format.
     """
+    updates = {id(p) for m in model.modules() if isinstance(m, Update) for p in m.parameters()}
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dtype.is_floating_point:
+        frozen = not parameter.requires_grad and id(parameter) not in updates
+        if frozen and parameter.dtype.is_floating_point:
             parameter.data = parameter.data.to(dtype)
     for original in attachment(model).originals.values():
         original.to(dtype)

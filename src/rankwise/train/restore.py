@@ -49,7 +49,7 @@ def restore(
     Args:
         run: the run folder.
         model: where the base is now, when it has moved.
-        which: "adapter" (the best) or "last".
+        which: "adapter" (the best) or "last", which are one where the run kept the last.
         dtype: number format of the base; None keeps the checkpoint's own.
 
     Raises:
@@ -59,6 +59,8 @@ def restore(
     folder = Path(run)
     manifest = read_manifest(folder)
     config = make_config(manifest["config"], f"The config in {folder / 'manifest.json'}")
+    if config.select == "last":
+        which = "adapter"
     if not (folder / which).is_dir():
         raise UserError(
             f"The run in '{folder}' has saved no {which} yet (it is {manifest['status']}). Let it "

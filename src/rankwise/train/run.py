@@ -13,17 +13,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankwise.attaching import attachment, lora_layers
+from rankwise.attaching import attachment, updates_of
 from rankwise.errors import RankwiseError, UserError
 from rankwise.io.adapters import save_adapter
 from rankwise.io.files import write_text
+from rankwise.layers import Offset
 from rankwise.merging import check_effect
 from rankwise.methods.full import Full
+from rankwise.train import answers as row_answers
 from rankwise.train import manifest as record
+from rankwise.train.answers import Answers, write_answers
 from rankwise.train.config import FitConfig, dump_config
 from rankwise.train.evaluate import Rows
 from rankwise.train.folder import claim, refuse_used
-from rankwise.train.loop import Loop
+from rankwise.train.loop import Diverged, Loop
+from rankwise.train.memory import PeakMemory
 from rankwise.train.metrics import main_metric
 from rankwise.train.model import Base, class_names, load_base, load_config
 from rankwise.train.precision import Choice, choose_device
@@ -61,8 +65,9 @@ def fit(
 ) -> FitResult:
     """Train as the config says and leave a run folder.
 
-    The folder holds ``adapter/`` (the best by the metric), ``last/``, ``checkpoints/``,
-    ``metrics.jsonl``, ``config.yaml`` and ``manifest.json``.
+    The folder holds ``adapter/`` (the best by the metric) and ``last/``, or with ``select: last``
+    the last as ``adapter/`` alone; ``answers.safetensors`` (what the adapter answered to each
+    evaluation row), ``checkpoints/``, ``metrics.jsonl``, ``config.yaml`` and ``manifest.json``.
 
     Args:
         config: every option.
@@ -78,6 +83,7 @@ def fit(
     folder = Path(config.out)
     begun = _begun(folder, resume)
     device = choose_device(config.device)
+    memory = PeakMemory(device, (begun or {}).get("memory"))
     if begun is not None:
         refuse_other_device(begun, device)
     seed_everything(config.seed)
@@ -104,7 +110,7 @@ def fit(
         try:
             # again, as another run may have been here while this one was reading its data
             before = _begun(folder, resume)
-            return _fit(config, folder, before, examples, metric, base, device, watcher)
+            return _fit(config, folder, before, examples, metric, base, device, memory, watcher)
         except BaseException:
             if not existed and not (folder / record.NAME).exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -130,6 +136,7 @@ def _fit(
     metric: str,
     base: Base,
     device: torch.device,
+    memory: PeakMemory,
     watcher: Reporter,
 ) -> FitResult:
     model, train_rows, held_rows, choice = prepare(config, data, base, device, before, watcher)
@@ -139,10 +146,11 @@ def _fit(
     record.write(folder, manifest)
     try:
         rows = train_rows, held_rows
-        _train(config, folder, manifest, model, rows, watcher, resume=before is not None)
+        _train(config, folder, manifest, model, rows, memory, watcher, resume=before is not None)
     except BaseException as error:
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         manifest["status"] = "interrupted" if stopped else "failed"
+        manifest |= {"diverged": isinstance(error, Diverged), "memory": memory.record()}
         if not stopped:
             manifest["reason"] = str(error) or type(error).__name__
         with contextlib.suppress(RankwiseError):  # a full disk, say, is what is being reported
@@ -157,6 +165,7 @@ def _train(
     manifest: dict[str, Any],
     model: nn.Module,
     rows: tuple[Rows, Rows],
+    memory: PeakMemory,
     watcher: Reporter,
     *,
     resume: bool,
@@ -164,19 +173,26 @@ def _train(
     """Train, save what was learned, and write the results into the manifest."""
     write_text(folder / "config.yaml", dump_config(config))
     adapter = folder / "adapter"
+
+    def keep(answers: Answers) -> None:
+        _save(model, adapter, config)
+        evaluation = manifest["data"]["eval"]["fingerprint"]
+        write_answers(folder / row_answers.NAME, answers, evaluation)
+
     loop = Loop(
         model,
         *rows,
         config,
         manifest["metric"],
         folder,
-        lambda: _save(model, adapter, config),
+        keep,
         watcher,
     )
     if resume:
         loop.resume()
     progress = loop.run()
-    _save(model, folder / "last", config)
+    if config.select == "best":
+        _save(model, folder / "last", config)
     manifest |= {
         "metrics": dict(progress.best_metrics),
         "best_step": progress.best_step,
@@ -184,6 +200,7 @@ def _train(
         "skipped_steps": progress.skipped,
         "micro_batch": progress.micro_batch,
         "seconds": {"train": progress.seconds, "eval": progress.eval_seconds},
+        "memory": memory.record(),
         "artifact_bytes": sum(f.stat().st_size for f in adapter.rglob("*") if f.is_file()),
     }
     _refuse_idle(loop, model, rows[1])
@@ -223,6 +240,7 @@ def _manifest(
         "metrics": {},
         "counts": record.counts(model),
         "seconds": {"train": 0.0, "eval": 0.0},
+        "memory": None,
         "artifact_bytes": 0,
         "data": {
             "train": record.describe_data(data.train),
@@ -242,12 +260,20 @@ def _refuse_idle(loop: Loop, model: nn.Module, held: Rows) -> None:
     """After training: whatever got no gradient or has no effect is an error that names it.
 
     One factor of an update may be without a gradient, as the other one is zero at the first step.
-    In full fine-tuning nobody asked for the layers that the task does not use.
+    In full fine-tuning nobody asked for the layers that the task does not use; nor did anybody for
+    each bias, and that of the keys has no gradient but what rounding leaves.
     """
     if isinstance(attachment(model).method, Full):
         return
     silent = set(loop.silent_parameters())
-    pairs = {name: {f"{name}.lora_A", f"{name}.lora_B"} for name in lora_layers(model)}
+    names = {id(p): n for n, p in model.named_parameters()}
+    pairs: dict[str, set[str]] = {}
+    for name, update in updates_of(model).items():
+        trained = {names[id(p)] for p in update.trained()}
+        if isinstance(update, Offset):
+            silent -= trained
+        elif trained:
+            pairs[name] = trained
     idle = [name for name, pair in pairs.items() if pair <= silent]
     idle.extend(sorted(silent.difference(*pairs.values())))
     if idle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +15,25 @@ from rankwise.data.encode import encode, padding_id
 from rankwise.data.examples import ColumnNames, Examples, load_examples
 from rankwise.data.splits import leakage, require_same_form, split
 from rankwise.errors import UserError
-from rankwise.inits import Gaussian, Kaiming
+from rankwise.inits import (
+    EVA,
+    Fitted,
+    Gaussian,
+    Init,
+    Kaiming,
+    LoRAGA,
+    OLoRA,
+    Orthogonal,
+    PiSSA,
+)
+from rankwise.methods.bitfit import BitFit
+from rankwise.methods.bottleneck import After, Bottleneck, Houlsby, Pfeiffer
 from rankwise.methods.full import Full
-from rankwise.methods.head import HeadOnly, head_modules
+from rankwise.methods.head import HeadChoice, HeadOnly, head_modules
 from rankwise.methods.lora import LoRA
+from rankwise.methods.prefix import PrefixTuning
 from rankwise.train.config import FitConfig
-from rankwise.train.evaluate import Rows
+from rankwise.train.evaluate import Rows, batch_loss
 from rankwise.train.model import Base, fresh_modules, recompute_activations
 from rankwise.train.precision import Choice, cast_frozen, choose_dtype
 from rankwise.train.reporter import Reporter
@@ -34,6 +48,9 @@ __all__ = [
     "make_method",
     "prepare",
 ]
+
+
+START_BATCHES = 8  # that a start sees which looks at the running model
 
 
 @dataclass(frozen=True)
@@ -110,20 +127,23 @@ def in_order(data: Data, names: Sequence[str]) -> Data:
     return Data(renumbered(data.train), renumbered(data.held), data.notes)
 
 
-def make_method(config: FitConfig, base: Base) -> Method:
+def make_method(config: FitConfig, base: Base, rows: Rows | None = None) -> Method:
     """The method a config names; modules that the checkpoint left random train with it.
+
+    ``rows`` are what a start that looks at the running model sees; without them (as when a plan is
+    made without weights) the default start stands for it, which has the same shapes.
 
     Raises:
         UserError: --head freeze, and the head is random or means other classes.
     """
     if config.method == "full":
         return Full()
-    head = head_modules(base.model)
-    fresh = fresh_modules(base.fresh, head)
+    found = head_modules(base.model)
+    fresh = fresh_modules(base.fresh, found)
     whole = tuple(dict.fromkeys([*config.modules_to_save, *fresh]))
     if config.method == "head":
         return HeadOnly(whole)
-    missing = [n for n in base.fresh if n.startswith(tuple(f"{h}." for h in head))]
+    missing = [n for n in base.fresh if n.startswith(tuple(f"{h}." for h in found))]
     if config.head == "freeze" and missing:
         raise UserError(
             f"--head freeze would keep the output layer at random values, as {listed(missing)} "
@@ -136,6 +156,9 @@ def make_method(config: FitConfig, base: Base) -> Method:
             f"'{base.source}' it was trained for {listed(base.foreign)}, which are not the labels "
             "of the data. Use --head train."
         )
+    head = "train" if missing else None if config.head == "auto" else config.head
+    if config.method != "lora":
+        return _added(config, head, whole)
     return LoRA(
         r=config.r,
         alpha=config.alpha,
@@ -146,10 +169,63 @@ def make_method(config: FitConfig, base: Base) -> Method:
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
         dropout=config.dropout,
-        init={"kaiming": Kaiming(), "gaussian": Gaussian()}[config.init],
-        head="train" if missing else None if config.head == "auto" else config.head,
+        init=_start(config, rows),
+        dora=config.dora,
+        freeze_A=config.freeze_a,
+        bias=config.bias,
+        tied=config.tied,
+        head=head,
         modules_to_save=whole,
     )
+
+
+def _added(config: FitConfig, head: HeadChoice, whole: tuple[str, ...]) -> Method:
+    """BitFit, a bottleneck or a prefix, as a config says."""
+    if config.method == "bitfit":
+        return BitFit(head, whole)
+    if config.method == "prefix":
+        return PrefixTuning(config.prefix_length, head=head, modules_to_save=whole)
+    named = config.target_modules
+    if named is not None and config.adapter_placement is not None:
+        raise UserError(
+            "--adapter-placement and --target-modules both say behind which layers bottlenecks "
+            "stand. Give one of them."
+        )
+    if named is None and (config.exclude_modules or config.layers is not None):
+        raise UserError(
+            "--exclude-modules and --layers choose among --target-modules, which is not given."
+        )
+    if named is not None:
+        place = After(named, config.exclude_modules, config.layers)
+    else:
+        place = Pfeiffer() if config.adapter_placement == "pfeiffer" else Houlsby()
+    return Bottleneck(config.adapter_size, place, head=head, modules_to_save=whole)
+
+
+def _start(config: FitConfig, rows: Rows | None) -> Init | Fitted:
+    """The start a config names."""
+    plain: dict[str, Init] = {
+        "kaiming": Kaiming(),
+        "gaussian": Gaussian(),
+        "orthogonal": Orthogonal(),
+        "pissa": PiSSA(),
+        "olora": OLoRA(),
+    }
+    if config.init in plain:
+        return plain[config.init]
+    if rows is None:
+        return Kaiming()
+    order = random.Random(config.seed).sample(range(len(rows.encoded)), len(rows.encoded))
+    size = config.batch_size
+    parts = [sorted(order[i : i + size]) for i in range(0, len(order), size)][:START_BATCHES]
+    batches = [rows.batch(part) for part in parts]
+    if config.init == "eva":
+        return EVA(batches, forward=_forward)
+    return LoRAGA(batches, loss=lambda model, batch: batch_loss(model, batch, rows.task)[0])
+
+
+def _forward(model: nn.Module, batch: Any) -> object:
+    return model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
 
 
 def prepare(
@@ -176,7 +252,10 @@ def prepare(
             watcher.note(f"{name}: {note}")
         rows.append(Rows(encoded, examples.task, pad, device))
     model: Any = base.model
-    done = attach(model, make_method(config, base))
+    if config.init in ("eva", "lora-ga"):
+        watcher.note(f"{config.init}: looking at {START_BATCHES} batches of the training rows.")
+        model.to(device)
+    done = attach(model, make_method(config, base, rows[0]))
     for note in done.notes:
         watcher.note(note)
     if config.gradient_checkpointing:
