@@ -73,8 +73,8 @@ def test_only_what_is_frozen_is_cast() -> None:
     assert kinds == {
         "body.base_layer.weight": torch.bfloat16,
         "body.base_layer.bias": torch.bfloat16,
-        "body.lora_A": torch.float32,
-        "body.lora_B": torch.float32,
+        "body.updates.default.lora_A": torch.float32,
+        "body.updates.default.lora_B": torch.float32,
         "head.weight": torch.float32,
         "head.bias": torch.float32,
         "frequencies": torch.float32,
@@ -93,7 +93,7 @@ def test_a_trained_head_takes_the_base_s_bfloat16() -> None:
     assert out.dtype == torch.float32
     out.sum().backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
-    assert trained == {"body.lora_A", "body.lora_B", "head.weight", "head.bias"}
+    assert trained == {"body.updates.default.lora_A", "body.updates.default.lora_B", "head.weight", "head.bias"}
 
 
 def test_training_on_a_cast_base_leaves_its_bits() -> None:

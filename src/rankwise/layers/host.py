@@ -40,7 +40,7 @@ class LoRAHost(LoRALayer):
 
 # What the twin needs for itself, beside what every module has.
 _NAMES = sorted({*dir(LoRAHost), "base_layer", "updates"} - {*dir(nn.Module)} - {"__slots__"})
-_NAMES = [name for name in _NAMES if not name.startswith("_")]
+_NAMES = [n for n in _NAMES if not n.startswith("_") and n != "update"]  # a convenience
 
 
 def host(module: nn.Module, names: tuple[str, ...]) -> LoRAHost:
