@@ -199,7 +199,7 @@ def _tell_noise(settings: Sequence[Setting], made: Sequence[Comparison]) -> list
     elif made:
         said.append(
             "The noise of a difference is what other evaluation rows and other seeds would change, "
-            "paired over the rows; docs/math.md (16)."
+            "paired over the rows; docs/math.md (22)."
         )
     single = [setting.label for setting in settings if len(setting.runs) == 1]
     if single:

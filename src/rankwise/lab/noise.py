@@ -61,7 +61,7 @@ class Noise:
 def combine(terms: Sequence[Term]) -> Noise | None:
     """The noise of Σ w_j q_j, paired over the rows; None where no spread can be seen.
 
-    Formula (docs/math.md (16)): with d_i = Σ_j w_j ū_ij, ū_ij the mean contribution of row i to
+    Formula (docs/math.md (22)): with d_i = Σ_j w_j ū_ij, ū_ij the mean contribution of row i to
     score j over its K_j seeds, and s² a sample variance,
 
         SE² = s²(d) / n + Σ_j w_j² s²(q_j) / K_j

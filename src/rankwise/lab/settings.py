@@ -145,7 +145,7 @@ def against(reference: Setting, others: Sequence[Setting]) -> list[Comparison]:
 
     A difference is larger than the noise when its two-sided p of Student's t, paired over the
     evaluation rows and with the seeds as repetitions (:func:`noise_of`), is at most 0.05 after
-    Holm's correction over all these comparisons. docs/math.md (16).
+    Holm's correction over all these comparisons. docs/math.md (22).
     """
     found: list[Comparison] = []
     for other in others:

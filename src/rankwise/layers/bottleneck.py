@@ -48,7 +48,7 @@ class Network(Update):
     parameters, in float32 (float64 on a float64 base) whatever the frozen layer's dtype. U, d and u
     start at zero, so step 0 is the base bit for bit.
 
-    Source: Houlsby et al. 2019, arXiv 1902.00751, section 2.1; docs/math.md (16).
+    Source: Houlsby et al. 2019, arXiv 1902.00751, section 2.1; docs/math.md (20).
     """
 
     barrier = "is a small network with a nonlinearity inside, which no weight of the layer can hold"

@@ -26,7 +26,7 @@ class Prefix(Update, ABC):
     on the prefix, its output is (1 − λ) · attention(K, V) + λ · attention(P_k, P_v): another one
     than the base's from the first step.
 
-    Source: Li and Liang 2021, arXiv 2101.00190, section 4; docs/math.md (17).
+    Source: Li and Liang 2021, arXiv 2101.00190, section 4; docs/math.md (21).
     """
 
     barrier = "is a prefix of keys and values, which no weight of the attention can hold"

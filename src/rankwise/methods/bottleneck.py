@@ -110,7 +110,7 @@ class Bottleneck:
     Raises:
         UserError: the size makes no sense.
 
-    Source: Houlsby et al. 2019, arXiv 1902.00751; docs/math.md (16).
+    Source: Houlsby et al. 2019, arXiv 1902.00751; docs/math.md (20).
     """
 
     size: int = 64

@@ -53,7 +53,7 @@ class PrefixTuning:
     Raises:
         UserError: lists every value that makes no sense.
 
-    Source: Li and Liang 2021, arXiv 2101.00190, sections 4 and 4.3; docs/math.md (17).
+    Source: Li and Liang 2021, arXiv 2101.00190, sections 4 and 4.3; docs/math.md (21).
     """
 
     length: int = 16

@@ -46,7 +46,7 @@ class Answers:
 
         Formula: u_i = n θ − (n − 1) θ₋ᵢ with θ the metric over all rows and θ₋ᵢ over all but row i
         (the jackknife's pseudo-values: Tukey 1958). For an accuracy or a mean loss u_i is the
-        row's own value. docs/math.md (16). None where the metric cannot be had from the answers,
+        row's own value. docs/math.md (22). None where the metric cannot be had from the answers,
         or not without one of the rows.
         """
         if metric == "accuracy" and self.labels is not None and self.predictions is not None:
