@@ -47,7 +47,7 @@ def test_the_model_computes_what_the_trained_one_did(
 def test_the_best_or_the_last(options: Callable[..., FitConfig], tmp_path: Path) -> None:
     run = fit(options(tmp_path / "run", epochs=4, lr=1.0, metric="loss")).folder
     best, last = (lora_layers(restore(run, which=w).base.model) for w in ("adapter", "last"))
-    assert any(not torch.equal(best[n].lora_B, last[n].lora_B) for n in best)
+    assert any(not torch.equal(best[n].update.lora_B, last[n].update.lora_B) for n in best)
 
 
 def test_a_base_that_has_moved(finished: Finished, bert: Path, tmp_path: Path) -> None:
