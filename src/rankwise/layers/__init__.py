@@ -3,6 +3,7 @@
 from rankwise.layers.bottleneck import Activation, Network, network
 from rankwise.layers.build import adapt, bare, drop_updates, low_rank, offset, token_rows, wrap
 from rankwise.layers.frozen import dense_weight, is_quantized, quantization, rounds_inputs
+from rankwise.layers.fusing import is_packed, unpack
 from rankwise.layers.host import LoRAHost, released
 from rankwise.layers.layer import (
     LoRAConv,
@@ -22,6 +23,7 @@ from rankwise.layers.layout import (
     refusal,
     shape_of,
 )
+from rankwise.layers.packing import Packing, optimize_frozen, restore_frozen
 from rankwise.layers.prefix import FreePrefix, GrownPrefix, Prefix, Trunk
 from rankwise.layers.spec import Spec, Switch
 from rankwise.layers.update import (
@@ -50,6 +52,7 @@ __all__ = [
     "LowRank",
     "Network",
     "Offset",
+    "Packing",
     "Prefix",
     "Shared",
     "Spec",
@@ -64,6 +67,7 @@ __all__ = [
     "drop_updates",
     "has_bias",
     "is_conv1d",
+    "is_packed",
     "is_quantized",
     "is_wrapped",
     "layout_of",
@@ -71,13 +75,16 @@ __all__ = [
     "low_rank",
     "network",
     "offset",
+    "optimize_frozen",
     "place_of",
     "quantization",
     "refusal",
     "released",
+    "restore_frozen",
     "rounds_inputs",
     "shape_of",
     "token_rows",
+    "unpack",
     "wide_dtype",
     "wrap",
 ]

@@ -11,14 +11,18 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from rankwise.errors import UserError
 from rankwise.kernels import (
+    adapted_linear,
     add_delta_embedding,
     add_delta_linear,
     branch_embedding,
     branch_linear,
+    can_fuse,
 )
+from rankwise.layers.alike import embedding_gain
 from rankwise.layers.frozen import dense_weight, is_quantized
+from rankwise.layers.fusing import frozen_linear
 from rankwise.layers.layout import layout_of
-from rankwise.layers.update import Change, LowRank, Update, wide_dtype
+from rankwise.layers.update import Change, LowRank, Offset, Update, wide_dtype
 
 __all__ = [
     "LoRAConv",
@@ -122,6 +126,10 @@ class LoRALayer(nn.Module, ABC):
         """One value for each output (out,), in a shape that spreads over the layer's outputs."""
         return values
 
+    def gained(self, change: Tensor) -> Tensor:
+        """What a change of rows of the weight is at the output; an embedding may scale its rows."""
+        return change
+
     def without_bias(self, plain: Tensor) -> Tensor:
         """What the frozen layer gave, less its bias."""
         bias = getattr(self.base_layer, "bias", None)  # which may be computed from other tensors
@@ -175,6 +183,20 @@ class LoRALinear(LoRAWrapper):
     def out_features(self) -> int:
         return layout_of(self.base_layer).out_features
 
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, used by keyword
+        frozen = frozen_linear(self.base_layer)
+        if frozen is None or not can_fuse(input, frozen.saved()):
+            return super().forward(input)
+        live = self.live()
+        branches = [b for u in live if isinstance(u, LowRank) and (b := u.fused()) is not None]
+        others = live[len(branches) :]  # holds a low-rank one too where these are not the first
+        if not branches or not all(isinstance(u, Offset) for u in others):
+            return super().forward(input)
+        y = adapted_linear(frozen, input, branches)
+        for update in others:
+            y = update.add(y, input, y, self)
+        return y
+
     def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return branch_linear(x, A, B)
 
@@ -189,7 +211,8 @@ class LoRAEmbedding(LoRAWrapper):
 
     Shapes: ids (...), y (..., dim), A (r, num), B (dim, r); the weight is (num, dim). A starts
     zero and B random, so that only rows of ids that occur change. There is no dropout: the input
-    is a row number.
+    is a row number. Where the base multiplies its rows with a constant, as Gemma's does, the change
+    of the row is multiplied with it too.
     """
 
     base_layer: nn.Embedding
@@ -207,12 +230,19 @@ class LoRAEmbedding(LoRAWrapper):
     def embedding_dim(self) -> int:
         return self.base_layer.embedding_dim
 
+    def gained(self, change: Tensor) -> Tensor:
+        gain = embedding_gain(self.base_layer)
+        return change if gain is None else change * gain
+
     def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return branch_embedding(x, A, B, self.base_layer.weight.dtype, self.padding_idx)
+        dtype = self.base_layer.weight.dtype
+        return self.gained(branch_embedding(x, A, B, dtype, self.padding_idx))
 
     def add_branch(
         self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
     ) -> Tensor:
+        if embedding_gain(self.base_layer) is not None:
+            return super().add_branch(y, x, A, B, scale, 0.0)
         return add_delta_embedding(y, x, A, B, scale, self.padding_idx)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from rankwise.errors import UserError
+from rankwise.layers.alike import is_scaled_embedding, linear_alike
 from rankwise.layers.frozen import is_quantized, logical_shape
 
 __all__ = [
@@ -226,8 +227,9 @@ def refusal(module: nn.Module, layout: Layout | None = None) -> str | None:
     """Why this weight of a module cannot be adapted, or None when it can.
 
     A subclass with a ``forward`` of its own is refused: what it does with its weight is unknown,
-    so merging it could change its function. Quantised layers are an exception, as their forward
-    is the base's product and nothing else.
+    so merging it could change its function. Exceptions are quantised layers, whose forward is the
+    base's product and nothing else, and what is found to compute a plain layer, or an embedding
+    times a constant, by running it (:mod:`rankwise.layers.alike`).
     """
     parameter = layout.parameter if layout is not None else "weight"
     if not is_wrapped(module) and layout is None:
@@ -262,6 +264,10 @@ def _own_forward(module: nn.Module) -> str | None:
     plain = next(
         (c for c in (nn.Linear, nn.Embedding, *CONVOLUTIONS) if isinstance(module, c)), None
     )
+    if isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward:
+        plain = None if linear_alike(module) else plain
+    if isinstance(module, nn.Embedding) and kind.forward is not nn.Embedding.forward:
+        plain = None if is_scaled_embedding(module) else plain
     if plain is not None and kind.forward is not plain.forward:
         article = "an" if plain is nn.Embedding else "a"
         return f"{kind.__name__} is {article} {plain.__name__} with a forward of its own"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rankwise.errors import UserError
 from rankwise.inits import Place, Start
+from rankwise.kernels import Branch
 from rankwise.layers.layout import Layout
 from rankwise.layers.part import Part
 from rankwise.layers.spec import Spec, Switch
@@ -126,6 +127,16 @@ class LowRank(Change):
             change = ((gain - 1) * direct + gain * change).to(y.dtype)
         return y + change if self.rows is None else self.rows.add(y, change, -1)
 
+    def fused(self) -> Branch | None:
+        """What :func:`rankwise.kernels.adapted_linear` takes of this; None where it is more."""
+        plain = self.magnitude is None and isinstance(self.scale, float)
+        if not plain or (self.rows is not None and self.rows.block is None):
+            return None
+        assert isinstance(self.scale, float)
+        dropout = self.spec.dropout if self.training else 0.0
+        block = None if self.rows is None else self.rows.block
+        return Branch(*self.both(), self.scale, dropout, block)
+
     def dense(self, layer: LoRALayer) -> Tensor:
         delta = self.factors().delta()
         if self.magnitude is None:
@@ -226,7 +237,7 @@ class TokenRows(Change):
         known, order = self.ids.sort()
         near = torch.searchsorted(known, x.contiguous()).clamp(max=len(known) - 1)
         rows = torch.where(known[near] == x, order[near], len(known))
-        return y + F.embedding(rows, table).to(y.dtype)
+        return y + layer.gained(F.embedding(rows, table)).to(y.dtype)
 
     def dense(self, layer: LoRALayer) -> Tensor:
         zeros = self.token_delta.new_zeros(self.layout.in_features, self.layout.out_features)

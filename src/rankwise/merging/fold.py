@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,11 @@ from rankwise.layers import (
     LoRALayer,
     LowRank,
     Shared,
+    is_packed,
     is_quantized,
     quantization,
     rounds_inputs,
+    unpack,
     wide_dtype,
 )
 from rankwise.lowrank import Factors
@@ -237,6 +239,7 @@ def _twin(layer: LoRALayer) -> nn.Module:
     for name, value in vars(source).items():
         if isinstance(value, dict | set):
             vars(twin)[name] = value.copy()
+    unpack(twin)  # its weight is another
     if isinstance(layer, LoRAHost):
         object.__setattr__(twin, "__class__", type(original))
         delattr(twin, "updates")
@@ -296,7 +299,7 @@ def _bar(site: Site, layer: LoRALayer) -> str | None:
             f"the {missing[0]} of '{site.name}' is computed from other tensors; make it a plain "
             "one first (torch.nn.utils.parametrize.remove_parametrizations)."
         )
-    if "forward" in vars(original):
+    if "forward" in vars(original) and not is_packed(original):
         return (
             f"the forward of '{site.name}' was replaced on the object, as accelerate's hooks do; "
             "take them off first (accelerate.hooks.remove_hook_from_module)."
@@ -349,23 +352,26 @@ def _lost(name: str, site: Site | None, twin: nn.Module, layer: LoRALayer) -> st
 
 
 def _untied(model: nn.Module) -> tuple[str, ...]:
-    """Modules that shared a weight in the base and will not when merged, in the model's order."""
+    """Modules that shared a parameter in the base and will not when merged, in the model's order.
+
+    A parameter is a weight or a bias: BERT's output layer shares its bias with the module around
+    it. Those that one update is on (``tied``) stay shared.
+    """
     table = sites(model)
     active = [record for record in attachments(model).values() if record.active]
-    layers = [name for name, site in table.items() if isinstance(site.module, LoRALayer)]
     originals = {n: m for record in active for n, m in record.originals.items()}
-    joined = _joined(adapted_sites(model))
-    changed = (*(n for n in layers if "weight" in _adapted(table[n].module)), *originals)
+    joined = {f"{name}.weight" for name in _joined(adapted_sites(model))}
+    changed = {f"{n}.{p}" for n, site in table.items() for p in _adapted(site.module)}
     with base(model), instead([(table[name], m) for name, m in originals.items()]):
         groups = shared_weights(model)
         modules = dict(model.named_modules(remove_duplicate=False))
     names: list[str] = []
     for group in groups:
-        owners = {id(modules[n]): n for n in reversed([g.rpartition(".")[0] for g in group])}
-        parts = {_part(name, changed) for name in owners.values()}
+        owners = {id(modules[n.rpartition(".")[0]]): n for n in reversed(group)}
+        parts = {_part(name, changed, originals) for name in owners.values()}
         apart = [name for name in owners.values() if name not in joined]
         if len(owners) > 1 and len(parts) > 1 and len(apart) > 1:
-            names.extend(reversed(owners.values()))
+            names.extend(name.rpartition(".")[0] for name in reversed(owners.values()))
     return tuple(dict.fromkeys(names))
 
 
@@ -373,6 +379,7 @@ def _adapted(module: nn.Module) -> list[str]:
     return module.adapted() if isinstance(module, LoRALayer) else []
 
 
-def _part(name: str, changed: tuple[str, ...]) -> str | None:
-    """The changed module that this one is or lies in, or None."""
-    return next((c for c in changed if name == c or name.startswith(c + ".")), None)
+def _part(parameter: str, changed: Collection[str], copied: Iterable[str]) -> str | None:
+    """The copied module that a parameter lies in, itself where it is changed, or None."""
+    inside = (name for name in copied if parameter.startswith(name + "."))
+    return next(inside, parameter if parameter in changed else None)

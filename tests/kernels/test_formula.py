@@ -194,9 +194,7 @@ def test_three_layers_on_one_input_keep_it_once_and_rows_of_rank_r(dtype: torch.
     layers = three(dtype)
     x = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
     saved = kept(lambda: torch.stack([layer(x) for layer in layers]), x, *layers.parameters())
-    item = x.element_size()
-    casts = 0 if dtype == torch.float32 else 3 * 2 * RANK * WIDTH * item  # A and B in bfloat16
-    assert saved["other"] == 3 * ROWS * RANK * item + casts
+    assert saved["other"] == 3 * ROWS * RANK * x.element_size()
     assert saved["given"] >= x.nbytes
 
 
@@ -212,5 +210,6 @@ def test_the_input_is_kept_as_it_is_and_never_upcast():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
     assert layer.update.lora_A.dtype == torch.float32
-    assert {t.dtype for t in saved} == {torch.bfloat16}
+    held = {p.data_ptr() for p in layer.update.parameters()}  # float32, and there anyway
+    assert {t.dtype for t in saved if t.data_ptr() not in held} == {torch.bfloat16}
     assert sum(t.data_ptr() == x.data_ptr() for t in saved) == 1

@@ -1,0 +1,25 @@
+"""How an adapted layer is computed: the plain formula, and the fast paths held against it."""
+
+from rankwise.kernels.formula import (
+    add_delta_embedding,
+    add_delta_linear,
+    branch_embedding,
+    branch_linear,
+)
+from rankwise.kernels.linear import Branch, Frozen, adapted_linear, can_fuse
+from rankwise.kernels.packed import PackedLinear, can_pack
+from rankwise.kernels.plain import PlainLinear
+
+__all__ = [
+    "Branch",
+    "Frozen",
+    "PackedLinear",
+    "PlainLinear",
+    "adapted_linear",
+    "add_delta_embedding",
+    "add_delta_linear",
+    "branch_embedding",
+    "branch_linear",
+    "can_fuse",
+    "can_pack",
+]

@@ -1,0 +1,185 @@
+"""A frozen linear layer and its updates as one function: x saved once, sums made in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rankwise.errors import RankwiseError
+
+__all__ = ["Branch", "Frozen", "adapted_linear", "can_fuse"]
+
+
+class Frozen(Protocol):
+    """A frozen linear layer y = x Wᵀ + b and its gradient dx = dy W, however they are computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., out) of x (..., in), a tensor of its own that may be written into."""
+        ...
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """dy W (rows, in) of dy (rows, out), a tensor of its own that may be written into."""
+        ...
+
+    def saved(self) -> Tensor:
+        """W (out, in), kept for ``backward`` so that autograd notices when it is written."""
+        ...
+
+
+def can_fuse(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`adapted_linear` may stand for the plain formula here.
+
+    It may not where x and the weight differ in dtype, under autocast, inside torch.func's
+    transforms and forward-mode derivatives, and while torch.compile or torch.export trace, which
+    fuse the plain formula themselves.
+    """
+    return (
+        x.dtype is weight.dtype
+        and x.dtype.is_floating_point
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+        and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    )
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One low-rank update of a linear layer: s · D(x) Aᵀ Bᵀ, for all outputs or a block of them.
+
+    Attributes:
+        A, B: (r, in) and (out, r), or (block, r).
+        scale: s.
+        dropout: probability of zeroing an input of the branch.
+        block: first output and the one after the last; None for all.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: float = 0.0
+    block: tuple[int, int] | None = None
+
+    def part(self, y: Tensor) -> Tensor:
+        """The outputs that this is for, of y (N, out); a view."""
+        return y if self.block is None else y[:, slice(*self.block)]
+
+
+def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """y = frozen(x) + Σ s · D(x) Aᵀ Bᵀ, the same as the plain formula in :mod:`.formula`.
+
+    Shapes: x (..., in), A (r, in), B (out, r), y (..., out). Backward, with P = D(x) Aᵀ and
+    Z = s · dy B (docs/math.md (6)):
+
+        dA = Zᵀ D(x)        dB = s · dyᵀ P        dx = dy W + Σ D'(Z A)
+
+    Kept for backward: x, which layers that read the same x share, P (N·r), and of dropout one byte
+    for each element of x; where no A trains not even x. Nothing is kept in a wider dtype.
+
+    P and Z are held as (r, N): a CPU's matrix libraries are several times slower on products whose
+    result is (N, r) or (out, r) than on the same products turned (docs/speed.md).
+
+    Derivatives of derivatives go through the same formulas.
+    """
+    if not torch.is_grad_enabled():
+        return _sum(frozen, x, branches)[0]
+    factors = [factor for branch in branches for factor in (branch.A, branch.B)]
+    return _AdaptedLinear.apply(x, frozen, tuple(branches), *factors)
+
+
+def _sum(
+    frozen: Frozen, x: Tensor, branches: Sequence[Branch]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+    """y, and of each branch Pᵀ (r, N) and the inputs that dropout kept."""
+    y = frozen.forward(x)
+    rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    made: list[tuple[Tensor, Tensor | None]] = []
+    for branch in branches:
+        mask, inputs = None, rows
+        if branch.dropout > 0.0:
+            mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1.0 - branch.dropout)
+            inputs = _dropped(rows, mask, branch.dropout)
+        down = branch.A.to(x.dtype) @ inputs.T
+        branch.part(sums).addmm_(down.T, branch.B.to(x.dtype).T, alpha=branch.scale)
+        made.append((down, mask))
+    return y, made
+
+
+_NO_INPUT = (
+    "Second derivatives of a layer whose A is frozen need its input, which it does not keep: let A "
+    "train, or compute them with the model in torch.func."
+)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen: Frozen, branches: tuple[Branch, ...], *factors: Tensor
+    ) -> Tensor:
+        y, made = _sum(frozen, x, branches)
+        need_x, train_A, train_B = _needs(ctx)
+        if need_x or any(train_A) or any(train_B):
+            kept: list[Tensor | None] = []
+            for (down, mask), a, b in zip(made, train_A, train_B, strict=True):
+                kept += [down if b else None, mask if need_x or a else None]
+            ctx.frozen, ctx.branches = frozen, branches
+            inputs = x if any(train_A) else None
+            ctx.save_for_backward(inputs, frozen.saved() if need_x else None, *kept, *factors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        branches: tuple[Branch, ...] = ctx.branches
+        need_x, train_A, train_B = _needs(ctx)
+        x, _, *saved = ctx.saved_tensors  # reading them checks that none was written since
+        (grad,) = grads
+        dy = grad.reshape(-1, grad.shape[-1])
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        dx = ctx.frozen.backward(dy) if need_x else None
+        found: list[Tensor | None] = []
+        for i, branch in enumerate(branches):
+            down, mask = saved[2 * i : 2 * i + 2]
+            A, B = saved[2 * len(branches) + 2 * i :][:2]
+            part = branch.part(dy)
+            up = branch.scale * (B.to(dy.dtype).T @ part.T) if need_x or train_A[i] else None
+            if up is not None and dx is not None:
+                if mask is None:
+                    dx.addmm_(up.T, A.to(dy.dtype))
+                else:
+                    dx.add_(_dropped(up.T @ A.to(dy.dtype), mask, branch.dropout))
+            dA = dB = None
+            twice = torch.is_grad_enabled() and train_B[i]  # P is then a function of x and A again
+            inputs = rows
+            if rows is not None and mask is not None and (train_A[i] or twice):
+                inputs = _dropped(rows, mask, branch.dropout)
+            if train_A[i]:
+                assert inputs is not None
+                assert up is not None
+                dA = (up @ inputs).to(A.dtype)
+            if twice:
+                if inputs is None:
+                    raise RankwiseError(_NO_INPUT)
+                down = A.to(inputs.dtype) @ inputs.T
+            if train_B[i]:
+                dB = (branch.scale * (down @ part)).T.to(B.dtype)
+            found += [dA, dB]
+        if dx is not None:
+            dx = dx.view(*grad.shape[:-1], dx.shape[-1])
+        return dx, None, None, *found
+
+
+def _needs(ctx: Any) -> tuple[bool, tuple[bool, ...], tuple[bool, ...]]:
+    """Whether x needs a gradient, and which A and B do."""
+    need_x, _, _, *factors = ctx.needs_input_grad
+    return need_x, tuple(factors[0::2]), tuple(factors[1::2])
+
+
+def _dropped(rows: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """rows where the mask is true, scaled up by 1 / (1 − p), and zero elsewhere."""
+    return rows * mask * (1.0 / (1.0 - dropout))

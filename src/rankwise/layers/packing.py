@@ -1,0 +1,96 @@
+"""optimize_frozen, restore_frozen: frozen layers computed by the fastest kernels there are here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rankwise.errors import UserError
+from rankwise.kernels import PackedLinear
+from rankwise.layers.fusing import pack, unpack
+
+__all__ = ["Packing", "optimize_frozen", "restore_frozen"]
+
+_WORTH = 0.95  # a kernel is taken when it needs at most so much of the plain one's time
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What :func:`optimize_frozen` did.
+
+    Attributes:
+        packed: names of the layers whose weight is packed now.
+        bytes: memory that this takes beside the weights.
+        ratios: measured time of the packed kernels over that of the plain ones, forward and
+            gradient together, by shape (out, in); empty where nothing was measured.
+    """
+
+    packed: tuple[str, ...]
+    bytes: int
+    ratios: dict[tuple[int, int], float]
+
+
+def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True) -> Packing:
+    """Let the frozen linear layers of a model compute by the fastest kernels of this machine.
+
+    Candidates are torch's plain product and, on a CPU, oneDNN's with a weight that is packed once
+    (:class:`rankwise.kernels.PackedLinear`); they are measured here, in well under a second for
+    each shape that the model has, and the packed ones are taken where they are faster. All frozen
+    nn.Linear and Conv1D take part, adapted or not. Packed kernels sum in another order: outputs
+    differ by a few roundings. Packing costs twice the bytes of the weights it is used for.
+
+    Parameters, state dict, classes and adapters stay as they are, and a weight that is written or
+    begins to train later is computed plainly from then on. :func:`restore_frozen` is the inverse.
+
+    Args:
+        model: with its frozen parameters not requiring gradients, as after
+            :func:`rankwise.attach`.
+        rows: tokens that pass through the layers at a time, batch times length.
+        measure: False takes the packed kernels without measuring.
+
+    Raises:
+        UserError: ``rows`` is below 1.
+    """
+    if rows < 1:
+        raise UserError(f"optimize_frozen: rows must be 1 or more, got {rows}.")
+    ratios: dict[tuple[int, int], float] = {}
+    chosen: list[str] = []
+    size = 0
+    for name, module in model.named_modules():
+        packed = pack(module, rows)
+        if packed is None:
+            continue
+        shape = (packed.plain.weight.shape[0], packed.plain.weight.shape[1])
+        if measure and shape not in ratios:
+            ratios[shape] = _ratio(packed, rows)
+        if measure and ratios[shape] > _WORTH:
+            unpack(module)
+            continue
+        chosen.append(name)
+        size += packed.nbytes
+    return Packing(tuple(chosen), size, ratios)
+
+
+def restore_frozen(model: nn.Module) -> int:
+    """Let every layer compute plainly again; how many were packed."""
+    return sum(unpack(module) for module in model.modules())
+
+
+def _ratio(packed: PackedLinear, rows: int) -> float:
+    """Packed over plain time, forward and gradient; the least of some rounds in turn."""
+    weight = packed.plain.weight
+    x, dy = (weight.new_ones(rows, width) for width in (weight.shape[1], weight.shape[0]))
+    with torch.no_grad():
+        packed.backward(packed.forward(dy.new_ones(1, weight.shape[1])))  # packs, outside the times
+        best = [float("inf"), float("inf")]
+        for _ in range(_ROUNDS):
+            for i, layer in enumerate((packed, packed.plain)):
+                start = time.perf_counter()
+                layer.forward(x)
+                layer.backward(dy)
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] / best[1]
