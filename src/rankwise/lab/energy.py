@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rankwise.errors import UserError
 from rankwise.lab import words
 from rankwise.lab.drawing import MUTED, Cell, Figure, Key, Style, line_swatch, name_axes, render
+from rankwise.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,11 +26,9 @@ PERCENT = f"{100 * ENERGY:g} %"
 def rank_holding(values: Sequence[float], share: float = ENERGY) -> int | None:
     """The smallest k whose k largest singular values hold ``share`` of the energy Σ σ².
 
-    None when the update is zero. A tolerance of 10⁻¹² of the energy keeps rounding from
-    adding a rank.
+    None when the update is zero; see :meth:`rankwise.spectrum.Spectrum.holding`.
     """
-    shares = _cumulative(values)
-    return next((k for k, held in enumerate(shares, 1) if held >= share - 1e-12), None)
+    return Spectrum(tuple(sorted(values, reverse=True))).holding(share) or None
 
 
 def update_spectrum(spectra: Spectra) -> Figure | None:

@@ -1,0 +1,145 @@
+"""inspect_adapter: the singular values of an adapter in any format, beside its base and another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rankwise.errors import UserError, gather
+from rankwise.io.blueprint import Blueprint, blueprint
+from rankwise.io.convert import Wishes, read_any
+from rankwise.io.portable import Portable
+from rankwise.io.weights import base_weight
+from rankwise.lab.inspecting.records import Inspection, LayerEvidence, Overlap
+from rankwise.methods.adapter import Adapter
+from rankwise.spectrum import (
+    Directions,
+    amplification,
+    chance,
+    directions,
+    similarity,
+    spectrum,
+)
+from rankwise.train.manifest import NAME, read_manifest
+from rankwise.train.snapshot import local_folder
+
+__all__ = ["evidence", "inspect_adapter"]
+
+
+def inspect_adapter(
+    path: str | os.PathLike[str],
+    *,
+    other: str | os.PathLike[str] | None = None,
+    wishes: Wishes | None = None,
+) -> Inspection:
+    """Read an adapter in any format that Rankwise reads, or a run's, and measure every update.
+
+    With the base (``wishes.base``; a run's own when it lies on this machine) also ‖W0‖ and the
+    amplification; W0 is read one weight at a time. With ``other``, an adapter of the same base,
+    also how alike their directions are.
+
+    Raises:
+        UserError: there is no adapter, or the base or the other adapter is of another model.
+        ArtifactError: a file is damaged, or holds numbers that are not finite.
+        EnvironmentFault: a package is missing, or a file cannot be read.
+    """
+    wishes = wishes or Wishes()
+    named = str(wishes.base) if wishes.base is not None else _base_of_run(Path(path))
+    base = None if named is None else blueprint(local_folder(named))
+    portable = read_any(path, wishes, base)
+    beside = None if other is None else read_any(other, wishes, base)
+    if beside is not None:
+        _refuse_strangers(portable, beside, str(other))
+    notes = (*portable.notes, *uncovered(portable.adapter))
+    return Inspection(
+        adapter=str(path),
+        layers=tuple(evidence(portable, base, beside)),
+        base=named,
+        other=None if other is None else str(other),
+        notes=notes,
+    )
+
+
+def evidence(
+    portable: Portable, base: Blueprint | None = None, other: Portable | None = None
+) -> Iterator[LayerEvidence]:
+    """What the update of each layer is, in the adapter's order; see :func:`inspect_adapter`."""
+    for name, factors in portable.factors.items():
+        found = LayerEvidence(
+            name=name,
+            outputs=factors.out_features,
+            inputs=factors.in_features,
+            r=factors.r,
+            scale=factors.scale,
+            parameters=factors.count(),
+            spectrum=spectrum(factors),
+        )
+        where = directions(factors)
+        if base is not None:
+            weight = base_weight(portable, name, base)
+            norm = float(weight.double().norm())
+            found = replace(found, base_norm=norm, amplification=amplification(where, weight))
+        if other is not None and name in other.factors:
+            found = replace(found, overlap=_overlap(where, directions(other.factors[name])))
+        yield found
+
+
+def uncovered(adapter: Adapter) -> Iterator[str]:
+    """What of an adapter its singular values do not show, one sentence each."""
+    if adapter.magnitudes:
+        yield (
+            f"DoRA: {len(adapter.magnitudes)} updates have a magnitude m. The numbers are of δ, "
+            "before the rows of W0 + δ are scaled to m."
+        )
+    if adapter.biases:
+        yield f"not covered: {len(adapter.biases)} trained biases, which have no rank."
+    if adapter.tokens:
+        rows = sum(len(t.ids) for t in adapter.tokens.values())
+        yield f"not covered: {rows} trained rows of embeddings."
+    if adapter.modules:
+        yield f"not covered: modules that trained whole ({', '.join(adapter.modules)})."
+
+
+def _base_of_run(path: Path) -> str | None:
+    """The base that a run was trained on, where its folder is still there."""
+    if not (path / NAME).is_file():
+        return None
+    source = str(read_manifest(path)["config"]["model"])
+    return source if Path(source).is_dir() else None
+
+
+def _refuse_strangers(portable: Portable, other: Portable, name: str) -> None:
+    both = [n for n in portable.factors if n in other.factors]
+    if not both:
+        raise UserError(
+            f"The adapter and '{name}' have no adapted layer in common, so there is nothing to "
+            "compare. Name two adapters of one base."
+        )
+    pairs = ((n, portable.factors[n], other.factors[n]) for n in both)
+    problems = [
+        f"'{n}' is {a.out_features} by {a.in_features} here and {b.out_features} by "
+        f"{b.in_features} there."
+        for n, a, b in pairs
+        if (a.out_features, a.in_features) != (b.out_features, b.in_features)
+    ]
+    gather(UserError, f"'{name}' is an adapter of another base", problems)
+
+
+def _overlap(first: Directions, second: Directions) -> Overlap | None:
+    i, j = first.values.shape[-1], second.values.shape[-1]
+    if not i or not j:
+        return None
+    reads = similarity(first.right, second.right)
+    writes = similarity(first.left, second.left)
+    return Overlap(
+        first=i,
+        second=j,
+        reads=float(reads[-1, -1]),
+        reads_top=float(reads[0, 0]),
+        writes=float(writes[-1, -1]),
+        writes_top=float(writes[0, 0]),
+        chance=chance(i, j, first.right.shape[-2]),
+        grid=tuple(tuple(row) for row in reads.tolist()),
+    )

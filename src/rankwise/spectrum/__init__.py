@@ -1,0 +1,23 @@
+"""What the singular values of an update say of its rank, and which ranks are worth keeping."""
+
+from rankwise.spectrum.allocation import Allocation, Budget, Energy, Layer, MaxError, Promise, Top
+from rankwise.spectrum.subspaces import Directions, amplification, chance, directions, similarity
+from rankwise.spectrum.values import Gap, Spectrum, spectrum
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "Directions",
+    "Energy",
+    "Gap",
+    "Layer",
+    "MaxError",
+    "Promise",
+    "Spectrum",
+    "Top",
+    "amplification",
+    "chance",
+    "directions",
+    "similarity",
+    "spectrum",
+]
