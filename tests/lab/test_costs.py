@@ -43,7 +43,7 @@ def test_long_times_are_in_minutes(record):
     assert "wall time of training (minutes)" in texts(figure)
     assert "15" in texts(figure)
     assert figure.rows == (("x" * 40, 900.0, 1),)
-    assert "x" * 21 + "…" in texts(figure)
+    assert "x" * 25 + "…" in texts(figure)
 
 
 def test_there_are_no_bars_without_times(record):

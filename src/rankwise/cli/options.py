@@ -6,9 +6,10 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
+from pydantic import BaseModel
 
 from rankwise.train.config import FitConfig
 
@@ -16,19 +17,23 @@ __all__ = ["given", "with_options"]
 
 
 def with_options(
-    *, groups: Collection[str] | None = None, names: Collection[str] = ()
+    *,
+    groups: Collection[str] | None = None,
+    names: Collection[str] = (),
+    config: type[BaseModel] = FitConfig,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of FitConfig's fields; it receives them as keywords.
+    """Give a command the flags of a config's fields; it receives them as keywords.
 
     Args:
         groups: take every field of these groups; all when None.
         names: further fields to take.
+        config: whose fields they are; each has a description and, in its schema, a group.
 
     A flag that was not given arrives as None, so that a YAML file or a default can fill it.
     """
     fields = {
         name: field
-        for name, field in FitConfig.model_fields.items()
+        for name, field in config.model_fields.items()
         if groups is None or _group(field) in groups or name in names
     }
 
@@ -76,6 +81,8 @@ def _flag(name: str, field: Any) -> Any:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return ",".join(map(_text, cast("list[Any]", value)))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -71,7 +71,7 @@ def _draw(
             axes.annotate(
                 _short(length), (length, place), (4, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(range(len(bars)), [drawable(s.label) for s, _ in bars])
+        axes.set_yticks(range(len(bars)), [drawable(s.label, 26) for s, _ in bars])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.14 * max(length for _, length in bars) or 1)
         name_axes(axes, label, "")

@@ -28,7 +28,7 @@ from rankwise.lab.styles import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Part", "evaluation_curves", "parts_of", "training_curves"]
+__all__ = ["MOST", "Part", "evaluation_curves", "parts_of", "training_curves"]
 
 MOST = 8
 """So many settings share a figure of curves; more are shown in parts."""

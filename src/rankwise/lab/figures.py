@@ -176,8 +176,8 @@ def beside_reference(settings: Sequence[Setting], made: Sequence[Comparison]) ->
                 elinewidth=1.4,
                 markerfacecolor=style.colour if found.clear else "none",
             )
-        axes.set_yticks(range(len(known)), [drawable(c.setting.label) for c, _ in known])
-        axes.invert_yaxis()
+        axes.set_yticks(range(len(known)), [drawable(c.setting.label, 26) for c, _ in known])
+        axes.set_ylim(len(known) - 0.5, -0.5)
         name_axes(axes, f"{metric} less that of the reference{unit}", "")
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
@@ -200,7 +200,7 @@ def beside_reference(settings: Sequence[Setting], made: Sequence[Comparison]) ->
         caption="Positive is better. Bars are 95 % intervals of single differences, over rows and "
         "seeds. A mark is filled where the difference is larger than the noise after Holm's "
         f"correction over all {len(known)}. {seeds_of(settings)}",
-        svg=render("beside-reference", 80 + 22 * len(known), paint),
+        svg=render("beside-reference", 90 + 26 * len(known), paint),
         key=(),
         columns=(
             *("method", "difference", "low", "high", "standard error", "degrees of freedom"),

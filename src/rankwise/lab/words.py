@@ -78,8 +78,9 @@ def spread(numbers: Sequence[int]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names as a list in a sentence: "a, b and c"."""
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    """The names as a list in a sentence: "a, b and c", or "a; b, m and c" where one has a comma."""
+    mark = "; " if any(", " in name for name in names) else ", "
+    return names[0] if len(names) == 1 else mark.join(names[:-1]) + " and " + names[-1]
 
 
 def plain(value: Any) -> str:

@@ -1,0 +1,80 @@
+"""What is left to do, as a function of the grid and of what its runs have come to so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rankwise.lab.compare.grid import Cell, Grid
+from rankwise.lab.compare.tuning import Outcome, Settled, ladder, nearest_rung, search
+
+__all__ = ["Work", "work_of"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The state of a grid.
+
+    Attributes:
+        cells: every run known to be needed, finished ones among them, in the order to do them: the
+            searches, then seed by seed, so that what is there early compares everything.
+        settled: the searches that are over, by their key.
+        expected: the cost of the whole grid, as far as it can be told now.
+        count: how many runs the whole grid has, as far as that can be told now.
+    """
+
+    cells: tuple[Cell, ...]
+    settled: Mapping[str, Settled]
+    expected: int
+    count: int
+
+    def left(self, outcomes: Mapping[str, Outcome]) -> list[Cell]:
+        """The runs that are needed and have come to nothing yet."""
+        return [cell for cell in self.cells if cell.name not in outcomes]
+
+
+def work_of(grid: Grid, outcomes: Mapping[str, Outcome], metric: str) -> Work:
+    """The runs that the grid needs, given what those of them that are over have come to.
+
+    Args:
+        grid: what is compared.
+        outcomes: by the names of the cells.
+        metric: what the searches are judged by.
+    """
+    cells: list[Cell] = []
+    settled: dict[str, Settled] = {}
+    for key in grid.searches():
+        found = _search(grid, key, outcomes, metric)
+        settled |= {key: found[1]} if found[1] is not None else {}
+        cells += found[0]
+    unsure: list[Cell] = []
+    for seed in range(grid.config.seeds):
+        for regime in grid.regimes():
+            place = settled.get(regime.search)
+            if place is None:
+                unsure.append(grid.run_cell(regime, grid.centre(regime.search), seed))
+            elif place.rate is not None:
+                cells.append(grid.run_cell(regime, place.rate, seed))
+    expected = sum(cell.cost for cell in (*cells, *unsure))
+    return Work(tuple(cells), settled, expected, len(cells) + len(unsure))
+
+
+def _search(
+    grid: Grid, key: str, outcomes: Mapping[str, Outcome], metric: str
+) -> tuple[list[Cell], Settled | None]:
+    """The runs of one search, and what it has settled on when it is over."""
+    centre = grid.centre(key)
+    if grid.config.rates == 1:
+        return [], Settled(centre)
+    every = {ladder(i): grid.search_cell(key, ladder(i)) for i in _rungs(grid, centre)}
+    tried = {r: outcomes[c.name] for r, c in every.items() if c.name in outcomes}
+    found = search(centre, tried, metric, grid.config.rates, grid.config.widen)
+    if isinstance(found, Settled):
+        return [every[rate] for rate in sorted(tried)], found
+    return [every[rate] for rate in sorted({*tried, *found})], None
+
+
+def _rungs(grid: Grid, centre: float) -> range:
+    """Every rung that a search around ``centre`` may come to."""
+    far = grid.config.rates // 2 + grid.config.widen
+    return range(nearest_rung(centre) - far, nearest_rung(centre) + far + 1)

@@ -1,0 +1,155 @@
+"""One run of a grid in a process of its own: trained, tidied, and told about through a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import RankwiseError
+from rankwise.io import files
+from rankwise.train import manifest as record
+from rankwise.train.config import FitConfig
+from rankwise.train.loop import Diverged
+from rankwise.train.run import FitResult, fit
+from rankwise.train.signals import Interrupted
+
+__all__ = ["SPECTRA", "Ended", "Progress", "Task", "work"]
+
+SPECTRA = "spectra.json"
+_SECONDS = 0.5  # between two messages about progress
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is to do.
+
+    Attributes:
+        name: of the run.
+        config: its options.
+        threads: for torch to use.
+        log: the file that takes what libraries print.
+        keep: whether what was learned is kept; the record is kept in any case.
+    """
+
+    name: str
+    config: FitConfig
+    threads: int
+    log: Path
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the training is: optimiser steps done, of how many."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: "finished", "diverged", "stopped", or "failed" with an error.
+
+    ``exit_code`` is the error's, 1 for a fault in Rankwise.
+    """
+
+    how: str
+    message: str = ""
+    exit_code: int = 0
+
+
+def work(task: Task, pipe: Connection) -> None:
+    """Carry out a task and say how it ended; the last message is an :class:`Ended`."""
+    _settle_in(task)
+    try:
+        _fit(task, pipe)
+        ended = Ended("finished")
+    except Diverged as error:
+        ended = Ended("diverged", str(error))
+    except (Interrupted, KeyboardInterrupt):
+        ended = Ended("stopped")
+    except RankwiseError as error:
+        ended = Ended("failed", str(error), error.exit_code)
+    except Exception as error:  # noqa: BLE001 (told to the parent, the traceback to the log)
+        traceback.print_exc()
+        ended = Ended("failed", f"{type(error).__name__}: {error}", 1)
+    with contextlib.suppress(OSError):
+        pipe.send(ended)
+    pipe.close()
+
+
+def _settle_in(task: Task) -> None:
+    """Leave the terminal's signals to the parent, print into the log, take the threads."""
+    import torch
+
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(handle, number)
+    os.close(handle)
+    torch.set_num_threads(task.threads)
+
+
+def _fit(task: Task, pipe: Connection) -> None:
+    """Train the run, or go on with it, and keep of it what is asked."""
+    folder = Path(task.config.out)
+    begun = (folder / record.NAME).exists()
+    result = fit(task.config, resume=begun, reporter=_Sender(pipe))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not task.keep:
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+    elif task.config.method == "lora":
+        files.write_json(folder / SPECTRA, _spectra(result))
+
+
+def _spectra(result: FitResult) -> dict[str, list[float]]:
+    """The singular values of every update that was learned."""
+    from rankwise.methods.adapter import adapter_of
+
+    factors = adapter_of(result.model).factors
+    return {name: each.singular_values().flatten().tolist() for name, each in factors.items()}
+
+
+class _Sender:
+    """A reporter that tells the parent how far the training is, and stops when nobody listens."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._total = 0
+        self._sent = 0.0
+
+    def note(self, text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        if what == "training":
+            self._total = total
+
+    def advance(self, done: int, values: Mapping[str, float]) -> None:
+        del values
+        if self._total and time.monotonic() - self._sent >= _SECONDS:
+            self._sent = time.monotonic()
+            self._send(Progress(done, self._total))
+
+    def finish(self) -> None:
+        pass
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError:  # the parent is gone: save and stop
+            signal.raise_signal(signal.SIGTERM)
