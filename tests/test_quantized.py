@@ -134,7 +134,8 @@ def test_the_dense_weight_is_what_the_layer_multiplies_with(net: Net):
 @pytest.mark.filterwarnings("ignore:.*inputs will be cast from")
 @pytest.mark.parametrize("keep", [True, False])
 def test_merging_gives_a_plain_layer_or_says_why_not(net: Net, keep: bool):
-    rw.attach(net, lora())
+    told = [note for note in rw.attach(net, lora()).notes if "cannot be merged" in note]
+    assert len(told) == is_8_bit(net)  # said before anything is trained
     move(net)
     with torch.no_grad():
         before = net(X)

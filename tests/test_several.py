@@ -211,6 +211,25 @@ def trained_adapter(r: int, seed: int, targets: tuple[str, ...] = ("keys", "fuse
     return rw.adapter_of(model), run(model)
 
 
+def test_what_is_put_back_follows_the_model_to_its_dtype():
+    """With double() or bfloat16() as with to(device), whichever version hung there meanwhile."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(3, 4))
+    model.add_module("head", nn.Linear(4, 2))
+    original = model.get_submodule("head")
+    before = model(x := torch.randn(2, 3))
+    for name in ("first", "second"):
+        rw.attach(model, rw.LoRA(r=1, target_modules=["body"], head="train"), name=name)
+    model.double()
+    rw.set_active(model, "second")
+    assert model(x.double()).dtype == torch.float64
+    rw.detach(model, "second")
+    rw.detach(model)
+    assert model.get_submodule("head") is original
+    assert torch.allclose(model(x.double()), before.double(), atol=1e-6)
+
+
 def test_a_slot_takes_any_adapter_that_has_room_and_gives_it_back():
     model = zoo()
     rw.attach(model, lora(2, ("keys", "fused", "mix"), slot=6))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         PiSSA,
     )
     from rankwise.io.adapters import load_adapter, save_adapter
-    from rankwise.layers import Split
+    from rankwise.layers import Activation, Packing, Split, optimize_frozen, restore_frozen
     from rankwise.lowrank import Factors
     from rankwise.merging import (
         Certificate,
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         unmerge,
     )
     from rankwise.methods.adapter import Adapter, adapter_of
+    from rankwise.methods.bitfit import BitFit
+    from rankwise.methods.bottleneck import After, Bottleneck, Houlsby, Pfeiffer
     from rankwise.methods.combining import (
         DARE,
         SVD,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from rankwise.methods.head import HeadOnly
     from rankwise.methods.hotswap import hotswap
     from rankwise.methods.lora import LoRA
+    from rankwise.methods.prefix import PrefixTuning
     from rankwise.train.exported import (
         ExportError,
         ExportReport,
@@ -93,7 +96,7 @@ _HOMES = {
         "PiSSA",
     ),
     "io.adapters": ("load_adapter", "save_adapter"),
-    "layers": ("Split",),
+    "layers": ("Activation", "Packing", "Split", "optimize_frozen", "restore_frozen"),
     "lowrank": ("Factors",),
     "merging": (
         "Certificate",
@@ -106,6 +109,8 @@ _HOMES = {
         "unmerge",
     ),
     "methods.adapter": ("Adapter", "adapter_of"),
+    "methods.bitfit": ("BitFit",),
+    "methods.bottleneck": ("After", "Bottleneck", "Houlsby", "Pfeiffer"),
     "methods.combining": (
         "DARE",
         "SVD",
@@ -121,6 +126,7 @@ _HOMES = {
     "methods.head": ("HeadOnly",),
     "methods.hotswap": ("hotswap",),
     "methods.lora": ("LoRA",),
+    "methods.prefix": ("PrefixTuning",),
     "train.exported": (
         "ExportError",
         "ExportReport",
@@ -136,9 +142,13 @@ __all__ = [
     "EVA",
     "SVD",
     "TIES",
+    "Activation",
     "Adapter",
+    "After",
     "ArtifactError",
     "Attachment",
+    "BitFit",
+    "Bottleneck",
     "Certificate",
     "Combined",
     "Concatenate",
@@ -150,6 +160,7 @@ __all__ = [
     "Full",
     "Gaussian",
     "HeadOnly",
+    "Houlsby",
     "Kaiming",
     "LoRA",
     "LoRAGA",
@@ -160,7 +171,10 @@ __all__ = [
     "OLoRA",
     "Onnx",
     "Orthogonal",
+    "Packing",
+    "Pfeiffer",
     "PiSSA",
+    "PrefixTuning",
     "RankwiseError",
     "Split",
     "TorchExport",
@@ -179,7 +193,9 @@ __all__ = [
     "load_adapter",
     "merge",
     "merged",
+    "optimize_frozen",
     "parameter_groups",
+    "restore_frozen",
     "save_adapter",
     "set_active",
     "set_trainable",

@@ -267,9 +267,6 @@ FALCON = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 1, "num_a
 
 
 def test_all_linear_says_why_no_layer_can_be_adapted():
-    model = hf.FalconForCausalLM(hf.FalconConfig(**FALCON))
-    with pytest.raises(rw.UserError, match="FalconLinear is a Linear with a forward of its own"):
-        rw.LoRA(r=2, target_modules="all-linear").plan(model)
     model = hf.ResNetModel(
         hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
     )
@@ -318,15 +315,37 @@ def test_an_update_on_both_ends_of_a_tie_keeps_it(name: str, tmp_path: Path):
     assert torch.equal(architecture.run(again), architecture.run(merged))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
-def test_gemma_s_embedding_multiplies_and_is_refused_where_its_output_layer_is_not(name: str):
-    architecture = ARCHITECTURES[name]
-    for options in (
+@pytest.mark.parametrize(
+    "options",
+    [
         {"target_modules": ["embed_tokens"]},
         {"target_modules": ["lm_head"], "tied": True},
-        {"trainable_tokens": {"embed_tokens": [3]}},
-    ):
-        with pytest.raises(rw.UserError, match="is an Embedding with a forward of its own"):
-            rw.attach(architecture.fresh(), rw.LoRA(r=2, **options))
-    (note,) = rw.LoRA(r=2, target_modules=["lm_head"]).plan(architecture.fresh()).notes
-    assert note.startswith("'lm_head' shares its weight with model.embed_tokens: ")
+    ],
+    ids=str,
+)
+def test_gemma_s_embedding_multiplies_and_its_update_with_it(
+    options: dict[str, Any], tmp_path: Path
+):
+    architecture = ARCHITECTURES["gemma3"]
+    assert architecture.fresh().get_input_embeddings().embed_scale != 1
+    _, certificate = live(architecture, rw.LoRA(r=2, **options), tmp_path)
+    assert bool(certificate.untied) == ("tied" not in options)
+
+
+def test_falcon_s_own_linear_layers_are_plain_ones(tmp_path: Path):
+    model = hf.FalconForCausalLM(hf.FalconConfig(**FALCON)).eval()
+    ids = torch.tensor([[3, 5, 7, 2]])
+    before = model(ids).logits
+    record = rw.attach(model, rw.LoRA(r=2, target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in record.adapted} == {
+        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
+    }  # fmt: skip
+    assert torch.equal(model(ids).logits, before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    changed = model(ids).logits.detach()
+    assert rw.merge(model, keep=False, probe=ids).passed
+    torch.testing.assert_close(model(ids).logits, changed, rtol=1e-4, atol=1e-4)
+    assert type(model.transformer.h[0].mlp.dense_h_to_4h).__name__ == "FalconLinear"

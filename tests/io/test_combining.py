@@ -218,13 +218,31 @@ def test_an_output_that_holds_a_source_is_refused(tmp_path: Path) -> None:
     assert (one / WEIGHTS).read_bytes() == before
 
 
-def test_another_format_is_to_be_converted_first(tmp_path: Path) -> None:
-    from rankwise.io.kohya import write_kohya
+def test_any_format_is_read_and_the_result_is_peft_s(tmp_path: Path) -> None:
+    from rankwise.io.convert import Wishes, convert
+    from rankwise.io.loralib import Unsaid
 
-    portable = Portable(assemble({"unet.down.to_q": update()}))
-    write_kohya(portable, tmp_path / "lora.safetensors", component="lora_unet")
-    with pytest.raises(UserError, match=r"is an adapter of kohya.*rankwise convert .* --to peft"):
-        combine_folders([tmp_path / "lora.safetensors"], tmp_path / "out")
+    A, B = torch.randn(3, 6), torch.randn(5, 3)
+    write_peft_alone(Portable(assemble({"body.q": Factors(A, B, 2.0)})), tmp_path / "peft")
+    for form in ("loralib", "mlx", "diffusers"):
+        component = Wishes(component="transformer") if form == "diffusers" else None
+        convert(tmp_path / "peft", form, tmp_path / form, component)
+    wishes = Wishes(unsaid=Unsaid(alpha=6.0), allow_pickle=True)
+    folders = [tmp_path / form for form in ("peft", "loralib", "mlx", "diffusers")]
+    combine_folders(folders, tmp_path / "out", [1, 10, 100, 1000], wishes=wishes)
+    delta = read_peft_alone(tmp_path / "out").factors["body.q"].delta()
+    torch.testing.assert_close(delta, 1111 * 2.0 * (B @ A), rtol=1e-5, atol=1e-3)
+
+
+def test_adapters_of_two_models_of_a_pipeline_are_not_of_one_base(tmp_path: Path) -> None:
+    from rankwise.io.convert import Wishes, convert
+
+    write_peft_alone(Portable(assemble({"q": update()})), tmp_path / "peft")
+    folders = [tmp_path / name for name in ("unet", "text_encoder")]
+    for folder in folders:
+        convert(tmp_path / "peft", "diffusers", folder, Wishes(component=folder.name))
+    with pytest.raises(ArtifactError, match=r"different models of a pipeline: .*'unet'"):
+        combine_folders(folders, tmp_path / "out")
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_what_is_no_adapter_is_refused(llama: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no low-rank factors under names that are known"):
         detect(llama / "model.safetensors")
     (tmp_path / "rankwise.json").write_text("{}")
-    with pytest.raises(UserError, match="nothing in it to convert"):
+    with pytest.raises(UserError, match="what another method than LoRA trained"):
         home(tmp_path)
 
 
@@ -91,3 +91,10 @@ def test_damage_is_told(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"x": "y" * 1_000_001}))
     with pytest.raises(ArtifactError, match="larger than"):
         detect(tmp_path)
+
+
+def test_a_run_means_its_adapter(every: Path, tmp_path: Path):
+    for part in ("adapter", "last"):
+        shutil.copytree(every / "peft", tmp_path / "run" / part)
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    assert detect(tmp_path / "run") == ("peft", tmp_path / "run" / "adapter")

@@ -37,7 +37,7 @@ THINGS = {
 HELD = {
     "peft": {"biases", "convolutions", "embeddings", "groups", "kernels", "magnitudes", "modules"},
     "loralib": {"convolutions", "embeddings", "groups", "modules"},
-    "mlx": {"embeddings", "magnitudes"},
+    "mlx": {"embeddings", "magnitudes", "tied"},  # tied only where the base is, see test_mlx.py
     "kohya": {"convolutions", "kernels", "magnitudes"},
     "diffusers": {"convolutions", "kernels", "magnitudes"},
     "gguf": {"embeddings"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,32 @@ def test_what_is_wrong_is_named(
     (folder / "adapter_config.json").write_text(json.dumps(said | config), encoding="utf-8")
     with pytest.raises(ArtifactError, match=told):
         read_mlx(folder)
+
+
+def test_one_update_on_both_ends_of_a_tie_goes_there_and_back(tmp_path: Path):
+    """mlx-lm has it on both ends by itself where the base ties them, and nowhere else."""
+    f = portable("model.embed_tokens").factors
+
+    def both(name: str = "model.embed_tokens") -> Portable:
+        adapter = assemble({name: f["model.embed_tokens"]})
+        named = frozenset({name} if "embed" in name else ())
+        method = replace(adapter.method, tied=True)
+        return Portable(replace(adapter, method=method), embeddings=named)
+
+    base, other = (
+        blueprint(config_of(tmp_path, 1, tie_word_embeddings=tied)) for tied in (True, False)
+    )
+    write_mlx(both(), tmp_path / "a", base=base)
+    again = read_mlx(tmp_path / "a", base=base)
+    assert again.adapter.method.tied
+    assert same_deltas(again, both())
+    for made, plan, told in (
+        (both(), None, "only the base tells"),
+        (both(), other, "does not tie them"),
+        (both("lm_head"), base, "named by the output layer 'lm_head'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            write_mlx(made, tmp_path / "b", base=plan)
 
 
 def test_an_embedding_with_a_magnitude_is_refused(tmp_path: Path):

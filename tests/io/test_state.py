@@ -123,7 +123,11 @@ def test_a_card_that_does_not_fit_is_refused(head: Path, base, change, message: 
 
 
 def test_a_card_that_is_no_card_is_refused(head: Path, base):
-    for content, message in ((b"", "not valid JSON"), (b" " * 1_000_001, "is larger than")):
+    for content, message in (
+        (b"", "is empty"),
+        (b"{", "not valid JSON"),
+        (b" " * 1_000_001, "is larger than"),
+    ):
         (head / "rankwise.json").write_bytes(content)
         refused(head, base(), message)
 

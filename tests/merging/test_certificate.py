@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 import rankwise
-from rankwise.attaching import lora_layers
+from rankwise.attaching import lora_layers, updates_of
+from rankwise.layers import TokenRows
 from rankwise.merging import Certificate, MergeError, fold, merge, unmerge
 from rankwise.merging.rounding import LayerCheck
 
@@ -53,6 +54,19 @@ def test_layers_are_measured_on_the_inputs_they_really_get(net, ids):
         with torch.no_grad():
             change = layer(got[name]) - layer.base_layer(got[name])
         assert checks[name].effect == pytest.approx(float(change.abs().max()), rel=1e-4)
+
+
+def test_rows_of_tokens_that_trained_are_measured_whatever_the_probe_holds():
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 2))
+    method = rankwise.LoRA(
+        r=1, target_modules=["1"], trainable_tokens={"0": [41, 47]}, head="freeze"
+    )
+    rankwise.attach(model, method)
+    (rows,) = [u.token_delta for u in updates_of(model).values() if isinstance(u, TokenRows)]
+    with torch.no_grad():
+        rows.normal_()
+    layers = {layer.name: layer for layer in merge(model, probe=torch.arange(6)).layers}
+    assert layers["0"].effect == pytest.approx(float(rows.detach().abs().max()))
 
 
 def test_without_a_probe_the_layers_alone_are_measured(net):

@@ -9,11 +9,12 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import rankwise
-from rankwise.attaching import attached, kept_layers, lora_layers, trained_copies
+from rankwise.attaching import attached, kept_layers, lora_layers, trained_copies, updates_of
 from rankwise.errors import UserError
 from rankwise.merging import MergeError, fold, merge, merged, unmerge
 from rankwise.targets import shared_weights
@@ -342,6 +343,27 @@ def test_a_trained_copy_of_a_tied_output_layer_is_named_too(trained, tiny, ids):
     trained(model)
     certificate = merge(model, keep=False, probe=ids)
     assert certificate.untied == ("model.embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_shared_bias_that_parts_is_named(ids, keep):
+    """The output layer of a masked language model shares its bias with the module around it."""
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.BertForMaskedLM(config).eval()
+    around, output = model.cls.predictions, model.cls.predictions.decoder
+    assert around.bias is output.bias
+    method = rankwise.LoRA(r=2, target_modules=["decoder"], bias="adapted", tied=True)
+    rankwise.attach(model, method)
+    with torch.no_grad():
+        for update in updates_of(model).values():
+            for parameter in update.trained():
+                parameter.normal_()
+    certificate = merge(model, keep=keep, probe=ids)
+    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+    assert not torch.equal(model.cls.predictions.decoder.bias, around.bias)
+    assert certificate.untied == ("cls.predictions", "cls.predictions.decoder")
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from rankwise.attaching import updates_of
 from rankwise.errors import UserError
 from rankwise.layers import LoRALayer
 from rankwise.methods.attention import Prefixed, attend, attention_sites, heads_of, prefixed, unfit
+from rankwise.methods.bitfit import BitFit
 from rankwise.methods.prefix import PrefixTuning
 from regimes import IDS, SMALL, bert, gpt2, llama
 
@@ -160,6 +161,18 @@ def test_only_the_attention_with_a_prefix_has_another_config():
     assert model.bert.encoder.config is model.config
     rw.detach(model)
     assert all(layer.attention.self.config is model.config for layer in model.bert.encoder.layer)
+
+
+def test_a_merged_attention_that_had_a_prefix_once_is_the_plain_one():
+    model = bert()
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.register_parameter("own_bias", nn.Parameter(torch.zeros(3)))
+    before = model.eval()(input_ids=IDS).logits
+    rw.attach(model, BitFit(head="freeze"), name="bias")
+    rw.attach(model, PrefixTuning(2, head="freeze"), name="prefix")
+    rw.detach(model, "prefix")
+    rw.merge(model, keep=False)
+    torch.testing.assert_close(model(input_ids=IDS).logits, before)
 
 
 def test_a_config_keeps_everything_else_and_is_wrapped_once():

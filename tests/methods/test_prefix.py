@@ -136,7 +136,7 @@ def by_hand(
     mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """(1 − λ) · attention(K, V) + λ · attention(P_k, P_v), in float64; docs/math.md (17)."""
+    """(1 − λ) · attention(K, V) + λ · attention(P_k, P_v), in float64; docs/math.md (21)."""
     groups = query.shape[1] // key.shape[1]
     own_keys, own_values = PAIRS[id(module)]
     query, key, value = query.double(), key.double(), value.double()
@@ -298,7 +298,7 @@ def test_the_starts_are_small_and_those_of_a_network_are_as_peft_draws_them():
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [{"length": 0}, {"hidden": 0}, {"length": -1, "hidden": 3}])
+@pytest.mark.parametrize("values", [{"length": 0}, {"hidden": 0}, {"length": 2.5, "hidden": 3}])
 def test_values_that_make_no_sense_are_refused(values: dict[str, int]):
     with pytest.raises(
         UserError, match=f"{next(iter(values))} must be a whole number of 1 or more"

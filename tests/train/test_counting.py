@@ -167,15 +167,27 @@ def test_lora_is_what_is_attached_and_what_is_saved(
 
 
 @pytest.mark.parametrize(
-    ("word", "method"), [("head", rankwise.HeadOnly()), ("full", rankwise.Full())]
+    ("word", "method", "added"),
+    [
+        ("head", rankwise.HeadOnly(), 0),
+        ("full", rankwise.Full(), 0),
+        ("bitfit", rankwise.BitFit(), None),
+        ("bottleneck", rankwise.Bottleneck(5), None),
+        ("bottleneck", rankwise.Bottleneck(5, rankwise.Pfeiffer()), None),
+        ("prefix", rankwise.PrefixTuning(3), 2 * 2 * 3 * 32),
+    ],
+    ids=str,
 )
 def test_the_other_methods_are_what_is_attached_and_what_is_saved(
-    bert: Path, tmp_path: Path, word: str, method: Any
+    bert: Path, tmp_path: Path, word: str, method: Any, added: int | None
 ) -> None:
-    made = of(counted(bert, 3), word)
+    place = "pfeiffer" if "Pfeiffer" in str(method) else None
+    sizes = {"adapter_size": 5, "prefix_length": 3, "adapter_placement": place}
+    made = of(counted(bert, 3, [word], **sizes), word)
     model = really(bert, method)
     assert made.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (made.formula, made.adapter) == (None, 0)
+    assert made.formula is None
+    assert made.adapter == (made.trained - made.head if added is None else added)
     file = rankwise.save_adapter(model, tmp_path / "saved") / "trained.safetensors"
     assert made.file_bytes == tensor_bytes(file)
 

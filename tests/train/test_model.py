@@ -91,6 +91,24 @@ def test_damaged_files(altered: Alter) -> None:
     assert ArtifactError.exit_code == 3
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", "wide"), ("num_hidden_layers", [2]), ("hidden_dropout_prob", {})],
+)
+def test_a_field_of_the_config_of_another_kind(altered: Alter, key: str, value: object) -> None:
+    message = refused(ArtifactError, altered(**{key: value}))
+    assert "is damaged" in message
+    assert key in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[" * 100_000])
+def test_a_config_that_is_no_object(altered: Alter, text: str) -> None:
+    folder = altered()
+    (folder / "config.json").write_text(text)
+    assert "config.json" in refused(ArtifactError, folder)
+
+
 def test_weights_of_another_size_than_the_config_says(altered: Alter) -> None:
     message = refused(ArtifactError, altered(intermediate_size=48))
     assert "not those of its config.json" in message

@@ -1,3 +1,4 @@
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,12 @@ def test_a_target_that_is_not_there(plan: Plan) -> None:
         plan("Bert", SMALL, target_modules="querry")
 
 
+def tensor_bytes(file: Path) -> int:
+    """What a safetensors file holds besides its header."""
+    content = file.read_bytes()
+    return len(content) - 8 - struct.unpack("<Q", content[:8])[0]
+
+
 def test_the_plan_is_what_a_run_does(
     options: Callable[..., FitConfig], finished: Callable[[str], Path], look: Any
 ) -> None:
@@ -152,6 +159,8 @@ def test_the_plan_is_what_a_run_does(
         config = make_config(manifest["config"] | {"task": manifest["task"]}, "test")
         made = plan_model(config, len(manifest["label_names"]) or 2)
         assert made.counts == manifest["counts"], kind
+        (file,) = (finished(kind) / "adapter").glob("*.safetensors")
+        assert made.memory["adapter_file"] == tensor_bytes(file), kind
         assert [x.name for x in made.layers] == manifest["method"]["adapted"]
 
 

@@ -112,6 +112,16 @@ def test_a_decoder_learns_text_with_a_prefix(
     assert done.manifest["counts"]["trainable"] == 2 * 2 * 4 * 16  # one head of 16 for the keys
 
 
+@each
+def test_it_trains_beside_a_base_in_bfloat16_with_recomputed_activations(
+    method: str, options: Options, tmp_path: Path
+) -> None:
+    more = {"dtype": "bfloat16", "gradient_checkpointing": True, "max_steps": 3}
+    model = fit(options(tmp_path / "run", method=method, **more)).model
+    kinds = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+
+
 # --- from the config -----------------------------------------------------------------------------
 
 

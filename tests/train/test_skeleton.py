@@ -53,7 +53,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     for text, kind, words in (
         ("{", ArtifactError, "not readable JSON"),
-        ("[]", UserError, "it has no model_type"),
+        ("[]", ArtifactError, "holds a list"),
         ('{"model_type": "brt"}', UserError, "Did you mean 'bert'"),
         ('{"model_type": "bert", "auto_map": {"a": "b"}}', UserError, "asks to run code"),
         ('{"model_type": "bert", "hidden_size": "x"}', ArtifactError, "is damaged"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from rankwise.attaching.plans import Method
@@ -68,11 +69,18 @@ class Attachment:
 
 @dataclass
 class Book:
-    """What is noted on a model: its adapters by name, and what it was before the first of them."""
+    """What is noted on a model: its adapters by name, and what it was before the first of them.
+
+    ``hung`` has the dtype in which each module with trained copies was hung into the model, and
+    that of the model around it.
+    """
 
     required_grad: frozenset[str]
     attachments: dict[str, Attachment] = field(default_factory=dict[str, Attachment])
     kept: Mapping[str, tuple[nn.Module, LoRALayer]] | None = None
+    hung: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = field(
+        default_factory=dict[str, tuple[torch.dtype | None, torch.dtype | None]]
+    )
 
 
 def attached(model: nn.Module) -> dict[str, Attachment]:

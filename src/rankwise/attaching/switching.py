@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
+import torch
 from torch import nn
 
 from rankwise.attaching.records import (
@@ -55,10 +56,16 @@ def _refuse_rivals(wanted: list[Attachment]) -> None:
 
 
 def hang_copies(model: nn.Module, book: Book) -> None:
-    """In the place of each module with trained copies: the active adapter's, or the original."""
+    """In the place of each module with trained copies: the active adapter's, or the original.
+
+    It comes on the device and in the mode of the one that it replaces; and where the model was cast
+    as a whole meanwhile (model.double()), those aside are cast as well.
+    """
+    versions: dict[str, list[nn.Module]] = {}
     wanted: dict[str, nn.Module] = {}
     for record in book.attachments.values():
         for name, original in record.originals.items():
+            versions.setdefault(name, []).extend((original, record.copies[name]))
             if record.active:
                 wanted[name] = record.copies[name]
             else:
@@ -66,12 +73,24 @@ def hang_copies(model: nn.Module, book: Book) -> None:
     if not wanted:
         return
     table = sites(model)
+    inside = tuple(f"{name}." for name in versions)
+    rest = _dtype(p for n, p in model.named_parameters() if not n.startswith(inside))
     for name, module in wanted.items():
         now = table[name].module
+        dtype = _dtype(now.parameters())
+        own, others = book.hung.get(name, (dtype, rest))
+        if own != dtype and others != rest:
+            for version in versions[name]:
+                version.to(dtype)
         if now is not module:
             tensor = next(now.parameters(), None)
             module.train(now.training)
             table[name].put(module if tensor is None else module.to(tensor.device))
+        book.hung[name] = (_dtype(module.parameters()), rest)
+
+
+def _dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype | None:
+    return next((p.dtype for p in parameters if p.dtype.is_floating_point), None)
 
 
 def set_trainable(model: nn.Module, *names: str) -> None:

@@ -22,9 +22,11 @@ COMMANDS = {
     "predict": "Predict texts or the rows of a file with a run's model.",
     "convert": "Convert an adapter between PEFT, loralib, MLX, kohya, diffusers and GGUF.",
     "combine": "Combine adapters of one base into one, and measure what is lost of each layer.",
+    "inspect": "Show an adapter's singular values, layer by layer, and what rank it uses.",
     "merge": "Merge a run's adapter into its base and write a plain transformers model folder.",
     "count": "Count what every method would train on a model, without loading a weight.",
     "plan": "Show which layers a method would adapt, their r and α, and what that costs.",
+    "compare": "Train every method at every rank under one schedule, and report what differs.",
     "theory": "Train updates of every rank on a linear layer, beside the bounds that hold there.",
     "demo": "Try LoRA on a real encoder and real text, on this machine, in minutes.",
 }

@@ -26,7 +26,8 @@ _WAYS = {
 _DENSITY = 0.5
 
 Adapters = Annotated[
-    list[str], typer.Argument(help="Folders of adapters in PEFT's format.", metavar="ADAPTER")
+    list[str],
+    typer.Argument(help="Folders or files of adapters, of any format.", metavar="ADAPTER"),
 ]
 Out = Annotated[str, typer.Option(help="Folder to write.", metavar="FOLDER")]
 Weights = Annotated[
@@ -57,6 +58,12 @@ Base = Annotated[
     str | None,
     typer.Option(help="Folder of the base model; trained biases need it.", metavar="PATH"),
 ]
+Alpha = Annotated[
+    float | None, typer.Option(help="loralib: lora_alpha of the training, not in its files.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Open .bin, .pt and the like, as tensors only.")
+]
 
 
 def command(
@@ -71,19 +78,24 @@ def command(
     seed: Seed = None,
     head: Head = None,
     base: Base = None,
+    alpha: Alpha = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Combine adapters of one base into one, and measure what is lost of each layer.
 
     The result is the weighted sum of the updates, exactly, or the best approximation of a lower
-    rank (svd), or what TIES, DARE and pruning make of the updates.
+    rank (svd), or what TIES, DARE and pruning make of the updates. It is written in PEFT's format.
 
     Example: rankwise combine one two --weights 1,0.5 --how svd --r 16 --out both
     """
     wanted = _way(how, r, energy, density, seed)
     amounts = None if weights is None else _numbers(weights)
     from rankwise.io.combining import combine_folders
+    from rankwise.io.convert import Wishes
+    from rankwise.io.loralib import Unsaid
 
-    made = combine_folders(adapters, out, amounts, wanted, head=head, base=base)
+    wishes = Wishes(base=base, unsaid=Unsaid(alpha=alpha), allow_pickle=allow_pickle)
+    made = combine_folders(adapters, out, amounts, wanted, head=head, wishes=wishes)
     print(_text(made.combined))
     for note in made.notes:
         print(note)

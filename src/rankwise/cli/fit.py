@@ -64,7 +64,7 @@ def _show(manifest: dict[str, Any], folder: str) -> None:
     )
     print(
         f"trained {numbers['trainable']:,} of {numbers['base']:,} parameters ({share:.2f} %): "
-        f"{numbers['adapter']:,} in low-rank updates, {numbers['head']:,} in whole modules"
+        f"{numbers['adapter']:,} in updates, {numbers['head']:,} in whole modules"
     )
     print(
         f"time {manifest['seconds']['train']:.1f} s; on disk {manifest['artifact_bytes']:,} bytes"
@@ -72,6 +72,6 @@ def _show(manifest: dict[str, Any], folder: str) -> None:
     if manifest["skipped_steps"]:
         print(f"{manifest['skipped_steps']} steps were skipped (loss or gradient not finite)")
     print(f"adapter: {folder}/adapter")
-    print(
-        f'next: rankwise predict {folder} --text "..."   or   rankwise merge {folder} --out merged'
-    )
+    merge = f"   or   rankwise merge {folder} --out merged"
+    held = manifest["method"]["method"] not in ("bottleneck", "prefix")  # what a weight can hold
+    print(f'next: rankwise predict {folder} --text "..."{merge if held else ""}')

@@ -33,8 +33,9 @@ def save_adapter(
     """Save what was trained on a model; the inverse of :func:`load_adapter`.
 
     LoRA becomes PEFT's folder (adapter_config.json, adapter_model.safetensors), which PEFT and
-    transformers load. HeadOnly and Full become rankwise.json and trained.safetensors. Base weights
-    are not written (Full has none), nothing is fetched, and the folder appears whole or not at all.
+    transformers load. Every other method becomes rankwise.json and trained.safetensors. Base
+    weights are not written (Full has none), nothing is fetched, and the folder appears whole or not
+    at all.
 
     An existing folder is replaced when it is empty or holds an adapter and nothing else.
 

@@ -8,8 +8,7 @@ from typing import Any, TypeVar, cast
 
 from rankwise.attaching import Method
 from rankwise.errors import ArtifactError, UserError, gather
-from rankwise.io import files
-from rankwise.io.tensors import strict_json
+from rankwise.io.json_files import read_json
 from rankwise.layers import Activation
 from rankwise.methods.bitfit import BitFit
 from rankwise.methods.bottleneck import After, Bottleneck, Houlsby, Pfeiffer
@@ -83,16 +82,7 @@ def read_card(path: Path) -> dict[str, object]:
         ArtifactError: it is no such card; lists all that is wrong.
         UserError, EnvironmentFault: the file is missing or cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CARD + 1)
-    except FileNotFoundError as error:
-        raise files.missing(path) from error
-    except OSError as error:
-        raise files.read_fault(path, error) from error
-    if len(content) > MAX_CARD:
-        raise ArtifactError(f"'{path}' is larger than {MAX_CARD:,} bytes, which none of these is.")
-    card = strict_json(content, f"'{path}'", "the file")
+    card = read_json(path, MAX_CARD)
     problems: list[str] = []
     if card.get("format") != _FORMAT:
         problems.append(f"format must be '{_FORMAT}'.")

@@ -1,4 +1,4 @@
-"""combine_folders: several of PEFT's folders as one, with no model at hand."""
+"""combine_folders: adapters in files of any format as one of PEFT's folders, with no model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rankwise.errors import ArtifactError, UserError, gather
 from rankwise.io.blueprint import blueprint
-from rankwise.io.convert import refuse_place
-from rankwise.io.detect import detect
-from rankwise.io.peft_alone import read_peft_alone, write_peft_alone
+from rankwise.io.convert import Wishes, read_any, refuse_place
+from rankwise.io.detect import home
+from rankwise.io.peft_alone import write_peft_alone
 from rankwise.io.portable import Portable
 from rankwise.io.sketch import Sketch, alike
 from rankwise.methods.combining import Combination, Combined, Concatenate, combine
@@ -41,22 +41,23 @@ def combine_folders(
     how: Combination = _SUM,
     *,
     head: str | os.PathLike[str] | None = None,
-    base: str | os.PathLike[str] | None = None,
+    wishes: Wishes | None = None,
 ) -> CombinedFolder:
-    """Combine adapters in PEFT's format and write the result in it: see :func:`combine`.
+    """Combine adapters and write the result in PEFT's format: see :func:`combine`.
 
-    Where the files tell of their bases (Rankwise's sketch, layers that are embeddings or
-    convolutions), they must tell the same. The result is for the base that
-    the files name. ``out`` appears whole or not at all; an existing folder is replaced when it is
-    empty or holds an adapter and nothing else.
+    They are read as :func:`rankwise.io.convert.read_any` reads them, in any format. Where the files
+    tell of their bases (Rankwise's sketch, layers that are embeddings or convolutions), they must
+    tell the same. The result is for the base that the files name. ``out`` appears whole or not at
+    all; an existing folder is replaced when it is empty or holds an adapter and nothing else.
 
     Args:
-        folders: of the adapters.
+        folders: or files, of the adapters.
         out: where.
         weights: w_i, each 1 when not given.
         how: how the updates of one weight become one.
         head: the one of the folders whose modules that trained whole are kept.
-        base: folder of the base model, which tells what was added to biases in the files.
+        wishes: what the files do not say, for all of them alike: the base model, which tells what
+            was added to biases, loralib's α, and whether a pickle may be opened.
 
     Raises:
         UserError: lists what keeps the adapters from being combined, or cannot be written.
@@ -64,33 +65,23 @@ def combine_folders(
         EnvironmentFault: a file cannot be read, or the disk refuses.
     """
     refuse_place(Path(out), *map(Path, folders))
-    plan = None if base is None else blueprint(base)
-    places = [_place(folder) for folder in folders]
+    wishes = wishes or Wishes()
+    plan = None if wishes.base is None else blueprint(wishes.base)
+    places = [home(folder) for folder in folders]
     kept = None if head is None else _kept(Path(head), folders, places)
-    read = [read_peft_alone(place, base=plan) for place in places]
+    read = [read_any(place, wishes, plan) for place in places]
     names = [f"'{place}'" for place in places]
     gather(ArtifactError, "The adapters are not of one base", [*_strangers(read, names)])
     adapters = [portable.adapter for portable in read]
     combined = combine(adapters, weights, how, head=kept, names=names)
     notes = [
-        f"{name}: {note}" for name, each in zip(names, read, strict=True) for note in each.notes
+        f"{name}: {note}" for name, each in zip(names, read, strict=True) for note in each.notes[1:]
     ]
     bases = list(dict.fromkeys(p.base for p in read if p.base is not None))
     if len(bases) > 1:
         notes.append(f"base: the files call it {', '.join(bases)}; the first is written")
     written = write_peft_alone(_together(combined, read, kept, bases), out)
     return CombinedFolder(combined, (*notes, *written.notes))
-
-
-def _place(folder: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the one in it, that holds an adapter of PEFT."""
-    kind, place = detect(folder)
-    if kind != "peft":
-        raise UserError(
-            f"'{place}' is an adapter of {kind}, and adapters are combined in PEFT's format. "
-            f"Convert it first: rankwise convert {place} --to peft --out FOLDER"
-        )
-    return place
 
 
 def _kept(head: Path, folders: Sequence[str | os.PathLike[str]], places: Sequence[Path]) -> int:
@@ -108,6 +99,10 @@ def _strangers(read: Sequence[Portable], names: Sequence[str]) -> Iterator[str]:
     """What the files tell of their bases that cannot be of one."""
     first: dict[str, tuple[str, object]] = {}
     sketches: dict[str, tuple[str, tuple[float, ...]]] = {}
+    parts = {p.component: who for who, p in zip(names, read, strict=True) if p.component}
+    if len(parts) > 1:
+        told = ", ".join(f"{who} for '{component}'" for component, who in parts.items())
+        yield f"They are for different models of a pipeline: {told}."
     for who, portable in zip(names, read, strict=True):
         for name, kind in _kinds(portable).items():
             other, before = first.setdefault(name, (who, kind))

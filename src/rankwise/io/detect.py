@@ -20,13 +20,15 @@ __all__ = ["FOLDERS", "detect", "home"]
 
 FOLDERS = ("peft", "mlx", "diffusers")  # formats that are a folder; the others are one file
 _FILES = (".gguf", ".safetensors", *ENDINGS)
+_RUN = ("manifest.json", "adapter")  # what the folder of a run holds
 
 
 def detect(path: str | os.PathLike[str]) -> tuple[str, Path]:
     """The format's name, and the folder or file of it that ``path`` is or holds.
 
-    A folder with one folder of an adapter in it, as PEFT makes for an adapter with a name, means
-    that one; a folder with one file that an adapter may be in means that file.
+    A run of ``rankwise fit`` means its adapter. A folder with one folder of an adapter in it, as
+    PEFT makes for an adapter with a name, means that one; a folder with one file that an adapter
+    may be in means that file.
 
     Raises:
         UserError: there is nothing, or nothing that is known, or several adapters.
@@ -45,6 +47,8 @@ def detect(path: str | os.PathLike[str]) -> tuple[str, Path]:
 def home(path: str | os.PathLike[str]) -> Path:
     """The folder or file with the adapter: the path itself, or the one such in it."""
     place = Path(path)
+    if all((place / part).exists() for part in _RUN):
+        place = place / _RUN[1]
     if place.is_file():
         if place.suffix not in _FILES:
             raise UserError(
@@ -59,17 +63,17 @@ def home(path: str | os.PathLike[str]) -> Path:
         raise read_fault(place, error) from error
     if _holds(place):
         return place
+    if (place / CARD).exists():
+        raise UserError(
+            f"'{place}' holds what another method than LoRA trained ({CARD}) and no low-rank "
+            "update. Name an adapter of LoRA."
+        )
     found = [entry for entry in inside if entry.is_dir() and _holds(entry)]
     found = found or [e for e in inside if e.is_file() and e.suffix in _FILES]
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"'{place}' holds several adapters; name one: {_listed(found)}.")
-    if (place / CARD).exists():
-        raise UserError(
-            f"'{place}' holds modules that trained whole (rankwise.json) and no low-rank update, "
-            "and there is nothing in it to convert."
-        )
     names = ", ".join(entry.name for entry in inside[:8]) or "nothing"
     raise UserError(f"'{place}' holds no adapter of a known format. It holds: {names}.")
 

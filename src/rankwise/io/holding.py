@@ -93,7 +93,6 @@ FORMATS: Mapping[str, Form] = {
             "biases": "mlx-lm refuses tensors that are not A, B or a magnitude",
             "convolutions": "mlx-lm has no layer for them",
             "modules": "mlx-lm refuses tensors that are not A, B or a magnitude",
-            "tied": _TIED,
             "tokens": "mlx-lm refuses tensors that are not A, B or a magnitude",
         },
     ),

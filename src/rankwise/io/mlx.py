@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -25,6 +26,7 @@ __all__ = ["CONFIG", "WEIGHTS", "read_mlx", "write_mlx"]
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
+_OUTPUTS = ("lm_head", "output", "embed_out")
 _MODELS = ("model.layers.", "model.embed_tokens", "lm_head")
 _BLOCK = re.compile(r"(?P<before>.*?\blayers|.*?\bh|.*?\bblocks)\.(?P<number>\d+)\.(?P<key>.+)")
 
@@ -161,12 +163,31 @@ def _refuse_mixtures(portable: Portable, base: Blueprint | None) -> None:
         problems.append(f"mlx-lm has DoRA everywhere or nowhere, and '{plain[0]}' has none.")
     if adapter.magnitudes and portable.embeddings:
         problems.append("an embedding's magnitude is by token in mlx-lm and not here.")
-    if portable.embeddings and base is not None and _tied(base):
-        problems.append(
+    problems.extend(_tie_problems(portable, base))
+    gather(UserError, "mlx-lm would compute something else", problems)
+
+
+def _tie_problems(portable: Portable, base: Blueprint | None) -> Iterator[str]:
+    """Where the output shares its weight with the embedding, mlx-lm has the update on both."""
+    tied = portable.adapter.method.tied
+    if not tied and portable.embeddings and base is not None and _tied(base):
+        yield (
             "the base ties its output to its embedding, and mlx-lm then applies an update of the "
             "embedding to the output as well, which this one was not trained for."
         )
-    gather(UserError, "mlx-lm would compute something else", problems)
+    if tied and portable.embeddings and base is None:
+        yield (
+            "one update is on two tied layers, and mlx-lm does the same where the base ties them, "
+            "which only the base tells: --base FOLDER."
+        )
+    if tied and portable.embeddings and base is not None and not _tied(base):
+        yield "one update is on two tied layers, and this base does not tie them."
+    output = [n for n in portable.factors if n.rpartition(".")[2] in _OUTPUTS]
+    if tied and output:
+        yield (
+            f"one update is on two tied layers, and it is named by the output layer '{output[0]}', "
+            "which mlx-lm's model does not have then. Train it on the embedding instead."
+        )
 
 
 def _selection(names: list[str], base: Blueprint | None) -> tuple[list[str], int, str]:

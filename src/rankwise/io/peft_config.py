@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import cast
 
 from rankwise.errors import ArtifactError, gather
-from rankwise.io.files import missing, read_fault
+from rankwise.io.json_files import read_json
 from rankwise.io.peft_names import Rule
-from rankwise.io.tensors import shown, strict_json
+from rankwise.io.tensors import shown
 
 __all__ = ["CONFIG", "OURS", "PeftConfig", "read_config"]
 
 CONFIG = "adapter_config.json"
-MAX_CONFIG = 1_000_000  # bytes; the largest ones of PEFT hold some thousand names
 
 OURS = "RANKWISE_LORA"  # peft_type of what PEFT has no form for, so that PEFT refuses the file
 _MERGE = "Merge it with PEFT (merge_and_unload) and use the merged model."
@@ -113,7 +112,7 @@ def read_config(path: Path) -> PeftConfig:
         ArtifactError: the file is damaged, no LoRA, or says something Rankwise cannot honour.
         EnvironmentFault: it cannot be read.
     """
-    raw = strict_json(_content(path), f"'{path}'", "the file")
+    raw = read_json(path)
     kind = raw.get("peft_type")
     if kind not in ("LORA", OURS):
         said = f"peft_type is {_value(kind)}" if "peft_type" in raw else "it has no peft_type"
@@ -147,23 +146,6 @@ def read_config(path: Path) -> PeftConfig:
         if isinstance(name := raw.get("base_model_name_or_path"), str)
         else None,
     )
-
-
-def _content(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG + 1)
-    except FileNotFoundError as error:
-        raise missing(path) from error
-    except OSError as error:
-        raise read_fault(path, error) from error
-    if not content:
-        raise ArtifactError(f"'{path}' is empty (0 bytes). Fetch or save the adapter again.")
-    if len(content) > MAX_CONFIG:
-        raise ArtifactError(
-            f"'{path}' is larger than {MAX_CONFIG:,} bytes, which no adapter configuration is."
-        )
-    return content
 
 
 def _problems(raw: dict[str, object]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import regex
 
 from rankwise.errors import ArtifactError
+from rankwise.methods.restate import exactly
 from rankwise.targets import PATTERN_SECONDS
 
 __all__ = ["Rule", "entries", "exact", "patterns", "saved_entries", "value_for", "within"]
@@ -138,7 +139,7 @@ def exact(name: str, names: Iterable[str]) -> str:
     """A target of rankwise.LoRA that means this module among ``names`` and no other."""
     if re.fullmatch(r"[\w.-]+", name) and not any(n.endswith("." + name) for n in names):
         return name
-    return f"^{re.escape(name)}$"
+    return exactly(name)
 
 
 def within(name: str, owners: Iterable[str]) -> bool:

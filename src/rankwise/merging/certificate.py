@@ -56,7 +56,7 @@ class Certificate:
         outputs: the check of the whole model, None without a probe.
         nonfinite: names of merged or trained modules that hold a NaN or an infinity, and
             "outputs" when the merged outputs hold one that the base's outputs have not.
-        untied: names of modules that shared a weight in the base and no longer do.
+        untied: names of modules that shared a weight or a bias in the base and no longer do.
         probe: what the model was run on, in words.
         base: sha256 of the base's weight file, None until :meth:`with_files`.
         adapter: sha256 of the adapter's.

@@ -9,11 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.layers import LoRAConv, LoRAEmbedding, LoRAHost, LoRALayer, LoRAWrapper
+from rankwise.layers import (
+    LoRAConv,
+    LoRAEmbedding,
+    LoRAHost,
+    LoRALayer,
+    LoRAWrapper,
+    Shared,
+    TokenRows,
+)
 from rankwise.merging.slabs import Slab, slabs
 
 __all__ = ["LayerCheck", "check_layer", "roundoff"]
 
+_ONE = torch.ones(())
 DRAWN = 32  # rows for a layer that the probe does not pass through
 
 
@@ -84,15 +93,16 @@ def check_layer(
 ) -> LayerCheck:
     """Measure one merged parameter on probe inputs x: rows (N, in), ids (N,), or images.
 
-    Without them, seeded Gaussian ones are drawn (ids at random). A parameter that its owner reads
-    is measured as the linear layer that it is a matrix of. No gradients may be on.
+    Without them, seeded Gaussian ones are drawn (ids at random). Rows of an embedding that trained
+    are looked at whatever the probe holds. A parameter that its owner reads is measured as the
+    linear layer that it is a matrix of. No gradients may be on.
     """
     name = site if parameter == "weight" else f"{site}.{parameter}"
     found: Tensor = getattr(merged, parameter)
     weight_ratio, update, lost, finite = check_weight(layer, parameter, found)
     error = bound = effect = ratio = 0.0
     if found.ndim > 1:
-        x = _drawn(layer, parameter) if x is None else x
+        x = _with_tokens(layer, _drawn(layer, parameter) if x is None else x)
         unmerged, changed = _runs(layer, parameter, merged, found, x)
         limit, low = output_bound(layer, parameter, x, unmerged, changed)
         apart = (_wide(changed) - _wide(unmerged)).abs()
@@ -198,7 +208,7 @@ def output_bound(
         whole = whole + layer.channels(_wide(layer.bias).abs())
     total = whole + carried
     result = _wide(unmerged).abs() + _wide(merged).abs()
-    length = 1.0 if looked_up else float(sizes.abs().max()) * terms
+    length = float(layer.gained(_ONE).abs()) if looked_up else float(sizes.abs().max()) * terms
     underflow = smallest(dtype) * (2 + length) * (2 + through) * 2
     sums = 3 * gamma(terms + roundings + 2, summed)
     plain = (2 * u + sums) * total + 4 * u * carried + u * result
@@ -216,9 +226,12 @@ def smallest(dtype: torch.dtype) -> float:
 
 
 def _on(layer: LoRALayer, matrix: Tensor, x: Tensor, slab: Slab) -> Tensor:
-    """The layer's linear function with another weight, given as rows of its matrix."""
+    """The layer's linear function with another weight, given as rows of its matrix.
+
+    Of an embedding it is its absolute value, whatever constant it multiplies its rows with.
+    """
     if isinstance(layer, LoRAEmbedding):
-        return matrix.T[x.to(matrix.device)]
+        return layer.gained(matrix.T[x.to(matrix.device)]).abs()
     if isinstance(layer, LoRAConv):
         weight = matrix.view(layer.base_layer.weight.shape)
         return layer.base_layer._conv_forward(x, weight, None)  # type: ignore[operator]
@@ -229,6 +242,15 @@ def _wide(tensor: Tensor) -> Tensor:
     """In float64, on the CPU where the device has no float64."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _with_tokens(layer: LoRALayer, x: Tensor) -> Tensor:
+    """The inputs of a layer; of an embedding also the ids of the rows that trained."""
+    if not isinstance(layer, LoRAEmbedding):
+        return x
+    sources = (u.source if isinstance(u, Shared) else u for u in layer.live())
+    ids = [u.ids.to(x) for u in sources if isinstance(u, TokenRows)]
+    return torch.cat([x.flatten(), *ids])
 
 
 def _drawn(layer: LoRALayer, parameter: str) -> Tensor:

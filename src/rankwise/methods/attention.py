@@ -84,8 +84,8 @@ def unfit(site: Site) -> str | None:
     how = vars(module)["config"]._attn_implementation
     if how not in SUPPORTED or (how == "eager" and _EAGER not in _names(module)):
         return (
-            f"it computes attention with '{how}', and a prefix needs its mask as a tensor: load "
-            "the model with attn_implementation='sdpa'"
+            f"it computes attention with '{how}', and a prefix must know what the mask means "
+            "there: load the model with attn_implementation='sdpa'"
         )
     return None if heads_of(module) is not None else "it does not say how many heads it has"
 
@@ -113,9 +113,9 @@ def attend(
     mask (batch or 1, heads or 1, q, k or more), Boolean with True where a query sees a key, or
     numbers that are added to the scores. Every query sees the whole prefix.
     """
-    assert isinstance(module, LoRALayer)
-    how = vars(module.base_layer)["config"]._attn_implementation
-    prefixes = [update for update in module.live() if isinstance(update, Prefix)]
+    how = vars(module)["config"].config._attn_implementation
+    live = module.live() if isinstance(module, LoRALayer) else ()
+    prefixes = [update for update in live if isinstance(update, Prefix)]
     if prefixes:
         _check(how, options)
         if attention_mask is None and how == "sdpa":
@@ -135,8 +135,8 @@ def attend(
 def _check(how: object, options: dict[str, Any]) -> None:
     if how not in SUPPORTED:
         raise UserError(
-            f"A prefix needs the attention mask as a tensor, and the model now computes attention "
-            f"with '{how}': model.set_attn_implementation('sdpa')."
+            f"The model now computes attention with '{how}', and a prefix must know what the mask "
+            "means there: model.set_attn_implementation('sdpa')."
         )
     if options.get("cache") is not None:
         raise UserError("A prefix cannot be used with continuous batching, which pages its keys.")
@@ -155,9 +155,9 @@ def _causal(
     return ones.tril()[None, None]
 
 
-def _own(module: LoRALayer, how: str) -> Attend:
+def _own(module: nn.Module, how: str) -> Attend:
     """The function that the module would have called without a prefix."""
-    forward = _forward(module.base_layer)
+    forward = _forward(module)
     assert isinstance(forward, FunctionType)
     names = forward.__globals__
     return cast("Attend", names[_REGISTRY].get_interface(how, names.get(_EAGER)))

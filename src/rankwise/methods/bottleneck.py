@@ -12,7 +12,7 @@ from rankwise.errors import UserError, gather
 from rankwise.layers import Activation, LoRALayer, Network, Switch, Update, is_conv1d, network
 from rankwise.methods.additions import add_bias
 from rankwise.methods.head import HeadChoice, describe_copies, trained_whole, untied_notes
-from rankwise.targets import Site, Target, matches, select, sites
+from rankwise.targets import Site, Target, find_head, matches, select, sites
 
 __all__ = ["After", "Bottleneck", "Houlsby", "Pfeiffer"]
 
@@ -121,7 +121,7 @@ class Bottleneck:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
-        if self.size < 1:
+        if not isinstance(self.size, int) or self.size < 1:
             raise UserError(
                 f"Bottleneck: size must be a whole number of 1 or more, got {self.size}."
             )
@@ -141,7 +141,7 @@ class Bottleneck:
         gather(UserError, "No bottleneck can be put there", problems)
         additions = [self._addition(target.site) for target in chosen]
         if self.placement.norms:
-            additions.extend(_norms(model, whole))
+            additions.extend(_norms(model, (*find_head(model).names, *whole)))
         return Plan(self, tuple(additions), copied, notes=_notes(model, copied))
 
     def _chosen(self, model: nn.Module) -> list[Target]:

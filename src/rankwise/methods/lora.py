@@ -31,7 +31,13 @@ from rankwise.methods.head import (
     head_trains,
     untied_notes,
 )
-from rankwise.methods.notes import left_out_notes, tied_notes, tied_twice, undropped_notes
+from rankwise.methods.notes import (
+    left_out_notes,
+    tied_notes,
+    tied_twice,
+    undropped_notes,
+    unmergeable_notes,
+)
 from rankwise.targets import (
     ALL_LINEAR,
     Head,
@@ -98,7 +104,7 @@ class LoRA:
         tied: where a target shares its weight with another module, the update is put on both, so
             that they stay tied. Without it the update is on the target only.
         slot: room for this rank in every adapted layer, filled up with zeros, so that
-            :func:`rankwise.replace` can put other adapters in its place without another module or
+            :func:`rankwise.hotswap` can put other adapters in its place without another module or
             another shape, and a compiled model need not be compiled again. None for no room.
         head: what becomes of the output layer. "train": a copy of it trains and is saved with the
             adapter. "freeze": it stays as it is. None: a classification head of transformers
@@ -229,7 +235,7 @@ class LoRA:
             notes.extend((describe_copies(copied), *untied_notes(model, copied)))
         if self.dropout > 0:
             notes.extend(undropped_notes(chosen))
-        notes.extend(method._sizes(chosen))
+        notes.extend((*unmergeable_notes(chosen), *method._sizes(chosen)))
         if isinstance(method.init, LoftQ) or not isinstance(method.init, Init):
             # what it looked at, batches or a whole model, is not held as long as the adapter
             method = replace(method, init=Kaiming())

@@ -1,4 +1,4 @@
-"""What a user should know of a choice of targets: tied weights, and what all-linear leaves out."""
+"""What a user should know of a choice of targets: ties, what all-linear leaves out, no merging."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from rankwise.layers import refusal
+from rankwise.layers import quantization, refusal, rounds_inputs
 from rankwise.methods.head import tied_partners
 from rankwise.targets import Target, find_head, layer_index, matches, targets_of
 
-__all__ = ["left_out_notes", "tied_notes", "tied_twice", "undropped_notes"]
+__all__ = [
+    "left_out_notes",
+    "tied_notes",
+    "tied_twice",
+    "undropped_notes",
+    "unmergeable_notes",
+]
 
 
 def tied_twice(model: nn.Module, chosen: Sequence[Target]) -> Iterator[str]:
@@ -81,4 +87,16 @@ def undropped_notes(chosen: Sequence[Target]) -> Iterator[str]:
         yield (
             f"{', '.join(map(repr, names))}: the input of an Embedding is row numbers, so there is "
             "no dropout on its update."
+        )
+
+
+def unmergeable_notes(chosen: Sequence[Target]) -> Iterator[str]:
+    """A sentence about the layers of which no merge can be made, said before they are trained."""
+    rounding = [target for target in chosen if rounds_inputs(target.site.base)]
+    if rounding:
+        yield (
+            f"{len(rounding)} adapted layer(s), the first being '{rounding[0].name}' "
+            f"({quantization(rounding[0].site.base)}), round their inputs as well as their weights, "
+            "so this adapter cannot be merged into this base. Save it, load it on the base "
+            "unquantised and merge there; or load the base in 4 bits."
         )

@@ -64,7 +64,11 @@ class PrefixTuning:
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         values = {"length": self.length, "hidden": 1 if self.hidden is None else self.hidden}
-        wrong = [f"{n} must be a whole number of 1 or more." for n, v in values.items() if v < 1]
+        wrong = [
+            f"{name} must be a whole number of 1 or more, got {value!r}."
+            for name, value in values.items()
+            if not isinstance(value, int) or value < 1
+        ]
         gather(UserError, "PrefixTuning", wrong)
 
     def plan(self, model: nn.Module) -> Plan:

@@ -12,7 +12,7 @@ from rankwise.lowrank import Factors
 from rankwise.methods.adapter import Adapter
 from rankwise.methods.lora import LoRA
 
-__all__ = ["plain", "restated"]
+__all__ = ["exactly", "plain", "restated"]
 
 
 def restated(method: LoRA, factors: Mapping[str, Factors]) -> LoRA:
@@ -30,11 +30,11 @@ def restated(method: LoRA, factors: Mapping[str, Factors]) -> LoRA:
         r=r,
         alpha=alpha,
         rank_stabilized=False,
-        target_modules=tuple(_exact(n) for n in factors),
+        target_modules=tuple(exactly(n) for n in factors),
         exclude_modules=(),
         layers=None,
-        rank_pattern={_exact(n): k for n, k in ranks.items() if k != r},
-        alpha_pattern={_exact(n): a for n, a in alphas.items() if a != alpha},
+        rank_pattern={exactly(n): k for n, k in ranks.items() if k != r},
+        alpha_pattern={exactly(n): a for n, a in alphas.items() if a != alpha},
     )
 
 
@@ -49,7 +49,8 @@ def plain(adapter: Adapter) -> Adapter:
     return replace(adapter, method=restated(adapter.method, factors), factors=factors)
 
 
-def _exact(name: str) -> str:
+def exactly(name: str) -> str:
+    """A pattern that means this name and no other, whatever else a model has."""
     return f"^{re.escape(name)}$"
 
 

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rankwise.attaching import attach, low_rank_updates, trained_copies, updates_of
+from rankwise.attaching import Method, attach, low_rank_updates, trained_copies, updates_of
 from rankwise.errors import UserError
 from rankwise.layers import LowRank, Update
 from rankwise.lowrank import count
 from rankwise.methods.full import Full
 from rankwise.methods.lora import LoRA
 from rankwise.train.config import FitConfig
-from rankwise.train.manifest import method_record
+from rankwise.train.manifest import by_formula, method_record
 from rankwise.train.model import Base
 from rankwise.train.setup import make_method
 from rankwise.train.skeleton import make_skeleton
 
-__all__ = ["METHODS", "MethodCount", "ModelCount", "ShapeCount", "count_model"]
+__all__ = ["METHODS", "MethodCount", "ModelCount", "ShapeCount", "count_model", "file_bytes"]
 
 METHODS: tuple[str, ...] = typing.get_args(FitConfig.model_fields["method"].annotation)
 """Every method that a run can be asked for."""
@@ -128,11 +128,11 @@ def count_model(config: FitConfig, labels: int = 2, methods: Sequence[str] = MET
         if isinstance(done.method, LoRA):
             shapes = _shapes(low_rank_updates(model).values())
             notes |= dict.fromkeys(done.notes)
-        found.append(_count(model, options, base, whole=isinstance(done.method, Full)))
+        found.append(_count(model, options, base, done.method))
     return ModelCount(config.model, task, base, shapes, tuple(found), tuple(notes))
 
 
-def _count(model: nn.Module, options: FitConfig, base: int, *, whole: bool) -> MethodCount:
+def _count(model: nn.Module, options: FitConfig, base: int, method: Method) -> MethodCount:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     updates = list(updates_of(model).values())
     copies = list(trained_copies(model).values())
@@ -140,26 +140,27 @@ def _count(model: nn.Module, options: FitConfig, base: int, *, whole: bool) -> M
     return MethodCount(
         method=options.method,
         name=method_record(options)[0],
-        formula=sum(_formula(update) for update in low) if low else None,
+        formula=sum(map(by_formula, low)) if low else None,
         adapter=sum(p.numel() for update in updates for p in update.trained()),
         head=sum(p.numel() for copy in copies for p in copy.parameters()),
         trained=trained,
         share=trained / base,
-        file_bytes=_stored([model])
-        if whole
-        else _stored(copies) + sum(_update_bytes(update, bool(low)) for update in updates),
+        file_bytes=file_bytes(model, method),
         gradient_bytes=_FLOAT32 * trained,
         optimizer_bytes=2 * _FLOAT32 * trained,
     )
 
 
-def _formula(update: LowRank) -> int:
-    """r · (in + out), without r · in where A is frozen, and with DoRA's out magnitudes."""
-    layout, spec = update.layout, update.spec
-    frozen = spec.r * layout.in_features if spec.freeze_A else 0
-    magnitudes = layout.out_features if spec.dora else 0
-    one = count(layout.out_features, layout.in_features, spec.r) - frozen + magnitudes
-    return one * (layout.experts or 1)
+def file_bytes(model: nn.Module, method: Method) -> int:
+    """Bytes of the tensors in the file that ``save_adapter`` writes of this model.
+
+    Tensors may be on the meta device. The file's header adds some hundred bytes for each tensor.
+    """
+    if isinstance(method, Full):
+        return _stored([model])
+    peft = isinstance(method, LoRA)
+    copies = _stored(trained_copies(model).values())
+    return copies + sum(_update_bytes(update, peft) for update in updates_of(model).values())
 
 
 def _stored(modules: Iterable[nn.Module]) -> int:

@@ -25,7 +25,15 @@ from rankwise.layers import LowRank
 from rankwise.lowrank import count
 from rankwise.train.config import FitConfig
 
-__all__ = ["counts", "describe_data", "method_record", "read_manifest", "surroundings", "write"]
+__all__ = [
+    "by_formula",
+    "counts",
+    "describe_data",
+    "method_record",
+    "read_manifest",
+    "surroundings",
+    "write",
+]
 
 NAME = "manifest.json"
 
@@ -115,8 +123,8 @@ def _other_record(config: FitConfig) -> tuple[str, dict[str, Any]]:
 def _variant(config: FitConfig) -> str:
     """What sets a run's method apart from plain LoRA, for its name."""
     alpha = 2.0 * config.r if config.alpha is None else config.alpha
+    rule = "" if alpha == 2 * config.r else f" α={alpha:g}"
     said = {
-        f"α={alpha:g}": alpha != 2 * config.r,
         "all-linear": config.target_modules == ["all-linear"],
         config.init: config.init != "kaiming",
         "A frozen": config.freeze_a,
@@ -125,7 +133,7 @@ def _variant(config: FitConfig) -> str:
         f"B {config.lora_plus:g} times as fast": config.lora_plus != 1,
         "tied": config.tied,
     }
-    return "".join(f", {words}" for words, true in said.items() if true)
+    return rule + "".join(f", {words}" for words, true in said.items() if true)
 
 
 def counts(model: nn.Module) -> dict[str, int | None]:
@@ -136,7 +144,7 @@ def counts(model: nn.Module) -> dict[str, int | None]:
     updates = updates_of(model).values()
     adapter = sum(p.numel() for update in updates for p in update.trained())
     beside = sum(p.numel() for update in updates for p in update.parameters())
-    formula = sum(map(_by_formula, low_rank_updates(model).values()))
+    formula = sum(map(by_formula, low_rank_updates(model).values()))
     rest = sum(p.numel() for u in updates if not isinstance(u, LowRank) for p in u.trained())
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -150,7 +158,7 @@ def counts(model: nn.Module) -> dict[str, int | None]:
     }
 
 
-def _by_formula(update: LowRank) -> int:
+def by_formula(update: LowRank) -> int:
     """r (in + out), r · out where A is frozen, and out more for DoRA; times E for a bank."""
     out_features, in_features = update.layout.out_features, update.layout.in_features
     trained = count(out_features, in_features, update.spec.r)

@@ -19,6 +19,7 @@ from torch import nn
 
 from rankwise.data.encode import padding_id
 from rankwise.errors import ArtifactError, EnvironmentFault, UserError, nearest
+from rankwise.io.files import read_fault
 from rankwise.methods.head import head_modules
 from rankwise.targets import shared_weights
 
@@ -227,10 +228,25 @@ def _check_folder(folder: Path) -> None:
                 f"'{folder}' holds an adapter, not a model; name the base model it belongs to."
             )
         raise UserError(f"'{folder}' is no transformers model folder: it has no config.json.")
+    read_settings(folder / "config.json")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The config.json of a model; numbers in it may be infinite, as Mamba's are.
+
+    Raises:
+        ArtifactError: it is no JSON object.
+        EnvironmentFault: it cannot be read.
+    """
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"{folder / 'config.json'} is not readable JSON: {error}.") from error
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise read_fault(file, error) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"'{file}' is not readable JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"'{file}' holds a {type(found).__name__}, not the config of a model.")
+    return found
 
 
 def _check_weights(folder: Path) -> None:
@@ -269,7 +285,19 @@ def _explained(source: str, what: str = "model") -> Generator[None]:
             raise ArtifactError(
                 f"The weights in '{source}' are damaged: {error}. Fetch the model again."
             ) from error
+        if is_config_fault(error):
+            raise ArtifactError(f"The config of '{source}' is damaged: {in_line(error)}") from error
         raise
+
+
+def is_config_fault(error: Exception) -> bool:
+    """Whether huggingface_hub says that a field of a config has a value of the wrong kind."""
+    return type(error).__name__.startswith("StrictDataclass")
+
+
+def in_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
 
 
 def fingerprint(source: str, config: Any) -> str:

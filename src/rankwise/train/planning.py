@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
 
 from rankwise.attaching import attach, low_rank_updates, updates_of
 from rankwise.layers import FreePrefix, LowRank, Network, Offset, Update
@@ -15,15 +11,11 @@ from rankwise.methods.head import head_modules
 from rankwise.methods.lora import LoRA
 from rankwise.targets import targets_of
 from rankwise.train.config import FitConfig
+from rankwise.train.counting import file_bytes
 from rankwise.train.manifest import counts
-from rankwise.train.model import (
-    AUTO_CLASSES,
-    Base,
-    import_transformers,
-    load_config,
-    quiet_transformers,
-)
+from rankwise.train.model import Base
 from rankwise.train.setup import make_method
+from rankwise.train.skeleton import make_skeleton
 
 __all__ = ["AdditionPlan", "LayerPlan", "ModelPlan", "plan_model"]
 
@@ -60,7 +52,8 @@ class ModelPlan:
         additions: biases, bottlenecks and prefixes, in the model's order.
         counts: parameters of the base, the updates, the head, and all that trains.
         memory: bytes of the frozen base (float32 and bfloat16), and of the trained parameters,
-            their gradients and AdamW's two moments, all float32; and of the adapter file.
+            their gradients and AdamW's two moments, all float32; and of the tensors in the
+            adapter's file, whose header adds some hundred bytes for each.
         notes: what a user should know.
     """
 
@@ -82,14 +75,10 @@ def plan_model(config: FitConfig, labels: int = 2) -> ModelPlan:
 
     Raises:
         UserError: the model or the method's targets cannot be had; see ``attach``.
+        ArtifactError: the config is damaged.
+        EnvironmentFault: transformers is not installed, or the hub cannot be reached.
     """
-    settings = load_config(config.model, config.revision)
-    task = config.task if config.task != "auto" else _task_of(settings)
-    if task == "classification":
-        settings.num_labels = labels
-    elif task == "regression":
-        settings.num_labels = 1
-    model = _skeleton(settings, task)
+    model, task = make_skeleton(config.model, config.task, labels, config.revision)
     base = Base(model, None, config.model, "", (), None)  # type: ignore[arg-type]
     kinds = {name: type(target.site.base).__name__ for name, target in targets_of(model).items()}
     done = attach(model, make_method(config, base))
@@ -110,7 +99,7 @@ def plan_model(config: FitConfig, labels: int = 2) -> ModelPlan:
         "trained": 4 * trained,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
-        "adapter_file": 4 * trained,
+        "adapter_file": file_bytes(model, done.method),
     }
     notes = [f"Task: {task}.", *done.notes]
     if isinstance(done.method, LoRA) and not head_modules(model):
@@ -136,15 +125,3 @@ def _kind(update: Update) -> str:
     if isinstance(update, Offset):
         return f"trained {update.layout.parameter}"
     return type(update).__name__
-
-
-def _task_of(settings: Any) -> str:
-    """The task that a model's config names by its architecture."""
-    names = settings.architectures or []
-    return "causal-lm" if any("LMHead" in n or "CausalLM" in n for n in names) else "classification"
-
-
-def _skeleton(settings: Any, task: str) -> nn.Module:
-    transformers = import_transformers()
-    with torch.device("meta"), quiet_transformers():
-        return getattr(transformers, AUTO_CLASSES[task]).from_config(settings)

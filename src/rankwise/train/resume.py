@@ -58,11 +58,15 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _option_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A clause for each option that differs; the folder may move, and the device is told apart."""
+    """A clause for each option that differs.
+
+    The run and its files may move, as the rows are known by their fingerprints; the device is told
+    apart.
+    """
     return [
         f"--{key.replace('_', '-')} was {before.get(key)!r} and is now {value!r}"
         for key, value in now.items()
-        if before.get(key) != value and key not in ("out", "device")
+        if before.get(key) != value and key not in ("out", "device", "data", "eval")
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,15 @@ import torch
 from torch import nn
 
 from rankwise.errors import ArtifactError, UserError, nearest
-from rankwise.io.files import read_fault
-from rankwise.train.model import AUTO_CLASSES, import_transformers, load_config, quiet_transformers
+from rankwise.train.model import (
+    AUTO_CLASSES,
+    import_transformers,
+    in_line,
+    is_config_fault,
+    load_config,
+    quiet_transformers,
+    read_settings,
+)
 
 __all__ = ["make_skeleton", "task_of"]
 
@@ -59,13 +65,8 @@ def task_of(settings: Any) -> str:
 def _from_file(file: Path) -> Any:
     """The transformers config in a JSON file."""
     transformers = import_transformers()
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise read_fault(file, error) from error
-    except ValueError as error:
-        raise ArtifactError(f"'{file}' is not readable JSON: {error}.") from error
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    raw = read_settings(file)
+    kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise UserError(
             f"'{file}' is no config of a transformers model: it has no model_type. Give the "
@@ -86,7 +87,6 @@ def _from_file(file: Path) -> Any:
         with quiet_transformers():
             return kinds[kind].from_dict(raw)
     except Exception as error:
-        checked = type(error).__module__.startswith("huggingface_hub")  # it checks the fields
-        if not checked and not isinstance(error, TypeError | ValueError):
+        if not is_config_fault(error) and not isinstance(error, TypeError | ValueError):
             raise
-        raise ArtifactError(f"'{file}' is damaged: {' '.join(str(error).split())}") from error
+        raise ArtifactError(f"'{file}' is damaged: {in_line(error)}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +16,7 @@ from rankwise.methods.adapter import Adapter, Tokens
 from rankwise.methods.combining.agreement import disagreements, kept_modules
 from rankwise.methods.combining.sums import Combination, Concatenate, Gap
 from rankwise.methods.lora import LoRA
-from rankwise.methods.restate import restated
+from rankwise.methods.restate import exactly, restated
 
 __all__ = ["Combined", "combine"]
 
@@ -189,15 +188,10 @@ def _method(
     bias = "all" if "all" in trained else "adapted"
     method = LoRA(
         bias="none" if trained == {"none"} else bias,
-        trainable_tokens={_exactly(name): rows.ids for name, rows in tokens.items()},
+        trainable_tokens={exactly(name): rows.ids for name, rows in tokens.items()},
         split={key: split for method in methods for key, split in method.split.items()},
         tied=methods[0].tied,
         head="freeze",
-        modules_to_save=tuple(_exactly(name) for name in modules),
+        modules_to_save=tuple(exactly(name) for name in modules),
     )
     return restated(method, factors)
-
-
-def _exactly(name: str) -> str:
-    """A pattern that means this name and no other, whatever else a model has."""
-    return f"^{re.escape(name)}$"
