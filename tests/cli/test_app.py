@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -129,3 +130,18 @@ def test_a_closed_pipe_is_no_fault(finished: Callable[[str], Path], rows: Path) 
         told = process.stderr.read().decode()
     assert "Traceback" not in told
     assert "fault in Rankwise" not in told
+
+
+def test_help_shows_what_a_flag_takes_and_whole_paragraphs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for words in (["--help"], ["combine", "--help"], ["fit", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        shown = capsys.readouterr().out
+        assert not re.search(r"--\S+ .*<(bool|int|float|str)", shown)
+    assert (
+        "rankwise fit --model bert-base-uncased --data train.tsv --eval dev.tsv --r 8 --target"
+        in (" ".join(shown.split()))
+    )

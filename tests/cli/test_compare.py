@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,27 @@ def test_flags_train_and_say_what_was_found(
     for again in (["--config", tmp_path / "same.yaml"], ["--out", out, "--report-only"]):
         assert left("compare", *again) == 0
         assert capsys.readouterr().out == told.out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no groups of processes to signal")
+def test_ctrl_c_in_a_terminal_reaches_every_process_and_ends_them_quietly(
+    bert: Path, rows: Path, tmp_path: Path
+) -> None:
+    words = ["compare", "--data", rows / "train.tsv", "--model", bert, "--out", tmp_path / "out"]
+    more = ["--methods", "head", "--seeds", "1", "--epochs", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "rankwise", *map(str, words), *more]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    while "runs are left" not in process.stderr.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert f"Go on with: rankwise compare --out {tmp_path / 'out'}" in told
 
 
 def test_mistakes_are_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

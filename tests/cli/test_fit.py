@@ -90,3 +90,29 @@ def test_the_config_of_a_run_folder_can_be_used_again(
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown == yaml.safe_load(file.read_text()) | {"out": str(tmp_path / "again")}
     assert shown["alpha"] == 4
+
+
+def test_all_that_is_wrong_with_the_flags_is_told_at_once(
+    words: list[str | Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert left(*words, "--r", "zero", "--epochs", "-1", "--task", "regresion") == 2
+    err = capsys.readouterr().err
+    assert "r (--r) should be a valid integer" in err
+    assert "epochs (--epochs) should be greater than 0, got '-1'." in err
+    assert "Did you mean 'regression'?" in err
+
+
+def test_flags_of_another_method_are_refused_and_keys_of_a_file_are_not(
+    words: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert left(*words, "--method", "bitfit", "--r", "4", "--dora") == 2
+    err = capsys.readouterr().err
+    assert "--method bitfit:" in err
+    assert "--r means nothing to it; it is for --method lora." in err
+    (tmp_path / "run.yaml").write_text("r: 4\n")
+    assert (
+        left(*words, "--config", tmp_path / "run.yaml", "--method", "bitfit", "--print-config") == 0
+    )
+    for command in ("plan", "count"):
+        model = [words[2]] if command == "count" else ["--model", words[2]]
+        assert left(command, *model, "--method", "head", "--r", "4") == 2

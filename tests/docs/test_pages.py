@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from rankwise.cli.app import COMMANDS, make_app
+from rankwise.cli.app import COMMANDS, main, make_app
 
 PAGES = ("README.md", "docs/guide.md")
 NAME = (
@@ -54,18 +54,27 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_the_page_runs(
-    page: str, desk: Path, bert: Path, repository: Path
+    page: str,
+    desk: Path,
+    bert: Path,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """In this process, one after the other; tests/cli/test_app.py starts some as a user does."""
+    monkeypatch.chdir(desk)
     lines = [line for line in shell_lines(repository / page) if line.startswith("rankwise ")]
     assert lines
     for line in lines:
         words = shlex.split(line.replace(NAME, str(bert)))
-        done = run([sys.executable, "-m", *words], desk)
+        with pytest.raises(SystemExit) as left:
+            main(words[1:])
+        out, err = capsys.readouterr()
         if "--resume" in words:
-            assert done.returncode == 2, line
-            assert "is finished" in done.stderr, line
+            assert left.value.code == 2, line
+            assert "is finished" in err, line
         else:
-            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            assert not left.value.code, f"{line}\n{out}\n{err}"
 
 
 def test_other_commands_of_the_page_exist(repository: Path) -> None:

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.errors import UserError
-from rankwise.train.config import FitConfig, dump_config, make_config, read_config
+from rankwise.train.config import (
+    _MEANT_FOR,
+    FitConfig,
+    dump_config,
+    make_config,
+    read_config,
+    refuse_idle,
+)
 
 NEEDED = {"model": "m", "data": "d.tsv", "out": "o"}
 
@@ -177,3 +184,34 @@ def test_what_is_not_known_yet_stays_open() -> None:
     """The task follows from the data, and with a rank pattern α is 2·r of each layer."""
     assert made().metric is None
     assert made(rank_pattern="query=4").alpha is None
+
+
+@pytest.mark.parametrize(
+    ("method", "idle", "fine"),
+    [
+        ("bitfit", ["r", "dora", "target_modules"], ["head", "modules_to_save", "lr"]),
+        ("lora", ["prefix_length", "adapter_size"], ["layers", "bias", "lora_plus"]),
+        ("bottleneck", ["alpha"], ["target_modules", "adapter_placement"]),
+        ("full", ["head", "modules_to_save"], ["epochs"]),
+        ("head", ["head"], ["modules_to_save"]),
+    ],
+)
+def test_options_of_another_method_are_refused(
+    method: str, idle: list[str], fine: list[str]
+) -> None:
+    refuse_idle(fine, method)
+    for name in idle:
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} means nothing to it"):
+            refuse_idle([name, *fine], method)
+
+
+def test_every_option_of_the_methods_is_known_to_the_list() -> None:
+    """An option of the group Method is one of some methods, but for the method itself."""
+    own = {
+        name
+        for name, field in FitConfig.model_fields.items()
+        if isinstance(field.json_schema_extra, dict)
+        and field.json_schema_extra["group"] == "Method"
+    }
+    assert own - {"method"} <= set(_MEANT_FOR)
+    assert set(_MEANT_FOR) <= set(FitConfig.model_fields)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Collection
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import rankwise
 from rankwise.errors import RankwiseError
@@ -23,6 +25,8 @@ COMMANDS = {
     "convert": "Convert an adapter between PEFT, loralib, MLX, kohya, diffusers and GGUF.",
     "combine": "Combine adapters of one base into one, and measure what is lost of each layer.",
     "inspect": "Show an adapter's singular values, layer by layer, and what rank it uses.",
+    "trim": "Cut an adapter to the smallest one that keeps a promise, and say what it costs.",
+    "extract": "Make a LoRA adapter from the difference of two checkpoints, layer by layer.",
     "merge": "Merge a run's adapter into its base and write a plain transformers model folder.",
     "count": "Count what every method would train on a model, without loading a weight.",
     "plan": "Show which layers a method would adapt, their r and α, and what that costs.",
@@ -32,10 +36,14 @@ COMMANDS = {
 }
 
 
+_VALUES = {"int": "N", "float": "X", "str": "TEXT"}  # what help calls the value of a flag
+
+
 def make_app(wanted: Collection[str]) -> typer.Typer:
     """The command with the flags of the wanted commands; the others have their line alone."""
     app = typer.Typer(
         name="rankwise",
+        cls=_Group,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -45,10 +53,38 @@ def make_app(wanted: Collection[str]) -> typer.Typer:
     app.callback()(_rankwise)
     for name, line in COMMANDS.items():
         if name in wanted:
-            app.command(name)(importlib.import_module(f"rankwise.cli.{name}").command)
+            command = importlib.import_module(f"rankwise.cli.{name}").command
+            app.command(name, cls=_Command, help=_paragraphs(command.__doc__))(command)
         else:
             app.command(name, help=line)(_elsewhere)
     return app
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose help shows what a flag takes in a word, and nothing for one that is on."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _named(super().get_params(ctx))
+
+
+class _Group(typer.core.TyperGroup):
+    """The same for the flags of `rankwise` itself."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _named(super().get_params(ctx))
+
+
+def _named(flags: list[Any]) -> list[Any]:
+    for flag in flags:
+        if flag.metavar is None and isinstance(flag, typer.core.TyperOption):
+            flag.metavar = "" if flag.is_bool_flag else _VALUES.get(flag.bare_type())
+    return flags
+
+
+def _paragraphs(text: str | None) -> str:
+    """A docstring with each paragraph in one line, to be wrapped where the terminal ends."""
+    parts = inspect.cleandoc(text or "").split("\n\n")
+    return "\n\n".join(" ".join(part.split()) for part in parts)
 
 
 def _elsewhere() -> None:

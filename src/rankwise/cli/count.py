@@ -38,11 +38,13 @@ def command(
 
     Example: rankwise count roberta-base --r 8 --target-modules query,value --labels 3
     """
-    from rankwise.train.config import make_config
+    from rankwise.train.config import make_config, refuse_idle
 
     asked = given(options)
     values = {"model": model, "data": "", "out": "", **asked}
     settings = make_config(values, "The options of rankwise count")
+    if "method" in asked:
+        refuse_idle(asked, settings.method)
     from rankwise.train.counting import METHODS, count_model
 
     made = count_model(settings, labels, [asked["method"]] if "method" in asked else METHODS)

@@ -33,11 +33,10 @@ def command(
     --target-modules query,value --out runs/first
     """
     from rankwise.errors import UserError
-    from rankwise.train.config import dump_config, make_config, read_config
+    from rankwise.train.config import dump_config, make_config, read_config, refuse_idle
 
-    values = given(options)
-    if config is not None:
-        values = read_config(config) | values
+    asked = given(options)
+    values = asked if config is None else read_config(config) | asked
     if resume:
         from rankwise.train.resume import config_of_run
 
@@ -46,6 +45,7 @@ def command(
         settings = config_of_run(values["out"], values)
     else:
         settings = make_config(values, config or "The options of rankwise fit")
+        refuse_idle(asked, settings.method)
     if print_config:
         print(dump_config(settings), end="")
         return

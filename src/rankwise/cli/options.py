@@ -15,6 +15,8 @@ from rankwise.train.config import FitConfig
 
 __all__ = ["given", "with_options"]
 
+_NUMBERS = {int: "N", float: "X"}
+
 
 def with_options(
     *,
@@ -87,7 +89,10 @@ def _text(value: Any) -> str:
 
 
 def _kind(annotation: Any) -> tuple[type, str | None]:
-    """The type that a flag reads, and what its help shows as the value."""
+    """The type that a flag reads, and what its help shows as the value.
+
+    Numbers are read as text: the config checks them, together with all else, in its own words.
+    """
     options = [a for a in typing.get_args(annotation) if a is not types.NoneType]
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -100,5 +105,4 @@ def _kind(annotation: Any) -> tuple[type, str | None]:
         return str, "NUMBERS" if options == [int] else "NAMES"
     if origin is dict:
         return str, "NAME=NUMBER"
-    metavar = {int: "N", float: "X", str: "TEXT", bool: None}
-    return annotation, metavar[annotation]
+    return (bool, None) if annotation is bool else (str, _NUMBERS.get(annotation, "TEXT"))

@@ -28,10 +28,11 @@ def command(
 
     Example: rankwise plan --model roberta-base --r 8 --target-modules query,value
     """
-    from rankwise.train.config import make_config
+    from rankwise.train.config import make_config, refuse_idle
 
-    values = {"data": "", "out": "", **given(options)}
-    settings = make_config(values, "The options of rankwise plan")
+    asked = given(options)
+    settings = make_config({"data": "", "out": "", **asked}, "The options of rankwise plan")
+    refuse_idle(asked, settings.method)
     from rankwise.train.planning import plan_model
 
     made = plan_model(settings, labels)

@@ -81,7 +81,7 @@ class Init(Protocol):
     """A start that needs no more than the place itself."""
 
     def start(self, place: Place, generator: torch.Generator | None = None) -> Start:
-        """A and B of one place.
+        """A and B of one place, in tensors that belong to the caller from then on.
 
         Random numbers come from ``generator``, or from torch's own of the place's device.
 

@@ -25,7 +25,7 @@ from rankwise.io.peft_read import Reading, adapter_from
 from rankwise.io.peft_write import content
 from rankwise.io.pickles import read_pickle
 from rankwise.io.sketch import METADATA_KEY, Sketch, agree, differences
-from rankwise.io.tensors import TensorFile, read_tensors, shown, write_tensors
+from rankwise.io.tensors import TensorFile, all_finite, read_tensors, shown, write_tensors
 from rankwise.methods.adapter import Adapter
 
 __all__ = ["PICKLE", "WEIGHTS", "peft_config", "read_peft", "write_peft"]
@@ -62,7 +62,7 @@ def write_peft(
         EnvironmentFault: the disk refuses.
     """
     made = content(adapter, base, revision=revision)
-    broken = [shown(k) for k, t in made.tensors.items() if not bool(torch.isfinite(t).all())]
+    broken = [shown(k) for k, t in made.tensors.items() if not all_finite(t)]
     gather(UserError, "The adapter is not finite and is not saved; training diverged", broken)
     metadata = {
         METADATA_KEY: base.sketch.to_json(),

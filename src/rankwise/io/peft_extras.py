@@ -43,8 +43,10 @@ class Exact:
 
     def keep(self, kind: str, name: str, value: Tensor, back: Tensor) -> None:
         """Write a value by itself, unless it comes back as it is."""
-        same = torch.allclose(value.to(back.dtype), back, rtol=0, atol=0, equal_nan=True)
-        if value.dtype != back.dtype or not same:
+        same = value.dtype == back.dtype and (
+            torch.equal(value, back) or torch.allclose(value, back, rtol=0, atol=0, equal_nan=True)
+        )
+        if not same:
             self.tensors[f"{_EXACT}{kind}.{name}"] = value
 
     def find(self, kind: str, name: str, back: Tensor) -> Tensor:

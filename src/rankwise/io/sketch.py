@@ -22,6 +22,7 @@ __all__ = ["METADATA_KEY", "Sketch", "agree", "alike", "differences", "own_modul
 METADATA_KEY = "rankwise.base"
 _VERSION = 1
 _VALUES = 8
+_SAMPLE = 2**12  # a norm over all numbers would read the whole base each time an adapter is loaded
 _RELATIVE = 2.0**-8  # twice the largest rounding of bfloat16
 _ABSOLUTE = 1e-4  # of a root mean square: what float16 loses below its normal range, and more
 
@@ -32,9 +33,9 @@ class Sketch:
 
     Attributes:
         base: what the base was called.
-        modules: the Frobenius norm of each weight and 8 of its entries, evenly spaced from the
-            first to the last in storage order; by the module's name, or by the parameter's full
-            name where it is not the weight of a layer.
+        modules: of each weight the norm of some 4,096 of its entries and 8 entries themselves,
+            both evenly spaced from the first in storage order; by the module's name, or by the
+            parameter's full name where it is not the weight of a layer.
     """
 
     base: str | None
@@ -96,8 +97,8 @@ def differences(known: Sketch, model: nn.Module) -> list[str]:
     called = f" ('{known.base}')" if known.base else ""
     what = f"the weight of '{first}'" if first in modules else f"'{first}'"
     sentence = (
-        f"it was made on another base{called}: {what} has norm "
-        f"{known.modules[first][0]:.6g} and first value {known.modules[first][1]:.6g} there, "
+        f"it was made on another base{called}: {what} has a sampled "
+        f"norm of {known.modules[first][0]:.6g} and first value {known.modules[first][1]:.6g} there, "
         f"{here[first][0]:.6g} and {here[first][1]:.6g} in this model "
         f"({len(unlike)} of {len(here)} weights differ)."
     )
@@ -126,7 +127,7 @@ def agree(first: Tensor, second: Tensor) -> bool:
 
 def alike(known: tuple[float, ...], here: tuple[float, ...], size: int) -> bool:
     """Whether two sketches of a weight of this size differ by no more than a change of dtype."""
-    slack = _ABSOLUTE * known[0] / math.sqrt(max(size, 1))
+    slack = _ABSOLUTE * known[0] / math.sqrt(max(min(size, _SAMPLE), 1))
     return len(known) == len(here) and all(
         abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) + slack
         for a, b in zip(known, here, strict=True)
@@ -161,7 +162,8 @@ def _values(weight: Tensor) -> tuple[float, ...]:
     flat = weight.reshape(-1)
     last = flat.numel() - 1
     where = [round(i * last / (_VALUES - 1)) for i in range(_VALUES)]
-    norm = torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
+    some = flat[:: max(1, flat.numel() // _SAMPLE)]
+    norm = torch.linalg.vector_norm(some, dtype=torch.promote_types(flat.dtype, torch.float32))
     return (float(norm), *flat[torch.tensor(where, device=flat.device)].double().tolist())
 
 

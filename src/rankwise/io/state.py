@@ -18,7 +18,7 @@ from rankwise.io.cards import KINDS, card_of, method_of, read_card
 from rankwise.io.peft_names import within
 from rankwise.io.peft_places import mismatch
 from rankwise.io.sketch import METADATA_KEY, Sketch, differences, own_modules, sketch
-from rankwise.io.tensors import read_tensors, shown, write_tensors
+from rankwise.io.tensors import all_finite, read_tensors, shown, write_tensors
 from rankwise.layers import Prefix, Update, refusal
 from rankwise.methods.full import Full
 from rankwise.targets import sites
@@ -54,7 +54,7 @@ def save_trained(
     called = base_model_name or name_of(model)
     modules = tuple(record.copies)
     tensors = _held(model, method, record.copies, updates_of(model, record.name))
-    broken = [shown(k) for k, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    broken = [shown(k) for k, t in tensors.items() if not all_finite(t)]
     gather(UserError, "The weights are not finite and are not saved; training diverged", broken)
     frozen = [] if isinstance(method, Full) else _frozen(model, modules)
     with files.folder(folder) as inside:

@@ -22,6 +22,7 @@ from rankwise.io.files import missing, read_fault, write_chunks
 __all__ = [
     "MAX_TENSORS",
     "TensorFile",
+    "all_finite",
     "nonfinite",
     "read_tensors",
     "shown",
@@ -312,13 +313,23 @@ def _whole(value: object) -> list[int] | None:
     return whole if len(whole) == len(numbers) else None
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite.
+
+    A sum that is finite says so in one pass over the tensor; only where it is not, the elements
+    are looked at one by one, as a sum of large numbers overflows too.
+    """
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(tensor.sum(dtype=wide).isfinite()) or bool(torch.isfinite(tensor).all())
+
+
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     """One sentence for each tensor that holds NaN or infinity."""
     return [
         f"{shown(name)} has {int((~torch.isfinite(t)).sum()):,} of {t.numel():,} NaN or infinite. "
         "Training diverged, or the file is damaged; allow_nonfinite reads it all the same."
         for name, t in tensors.items()
-        if t.is_floating_point() and not bool(torch.isfinite(t).all())
+        if t.is_floating_point() and not all_finite(t)
     ]
 
 

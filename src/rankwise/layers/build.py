@@ -66,9 +66,12 @@ def low_rank(
                 f"'{name}' by itself; attach it with rankwise.attach."
             )
         start = spec.init.start(place_of(layer, layout, spec, name))
+        held = [_own(t) for t in (start.A, start.B)]  # drawn for this layer: not copied again
+    else:
+        held = [t.detach().clone() for t in (start.A, start.B)]
     like = layer.stored_weight(layout.parameter)
-    start = Start(*(_held(t, like) for t in (start.A, start.B)), subtract=start.subtract)
-    update = LowRank(spec, start, layout, switch)
+    A, B = (t.to(like.device, wide_dtype(like)) for t in held)
+    update = LowRank(spec, Start(A, B, subtract=start.subtract), layout, switch)
     update.train(layer.training)
     if spec.dora:
         update.measure(layer)
@@ -106,6 +109,8 @@ def drop_updates(layer: LoRALayer, adapter: str) -> bool:
     return not layer.updates
 
 
-def _held(factor: Tensor, like: Tensor) -> Tensor:
-    """A copy of a factor, in the dtype and on the device in which it trains beside a weight."""
-    return factor.detach().to(like.device, wide_dtype(like), copy=True)
+def _own(factor: Tensor) -> Tensor:
+    """The factor, in a storage of just its size."""
+    factor = factor.detach()
+    alone = factor.is_contiguous() and factor.untyped_storage().nbytes() == factor.nbytes
+    return factor if alone else factor.clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,7 @@
 """What the singular values of an update say of its rank, and which ranks are worth keeping."""
 
 from rankwise.spectrum.allocation import Allocation, Budget, Energy, Layer, MaxError, Promise, Top
+from rankwise.spectrum.difference import Nearest, chance_held, nearest, rounding_norm
 from rankwise.spectrum.subspaces import Directions, amplification, chance, directions, similarity
 from rankwise.spectrum.values import Gap, Spectrum, spectrum
 
@@ -12,12 +13,16 @@ __all__ = [
     "Gap",
     "Layer",
     "MaxError",
+    "Nearest",
     "Promise",
     "Spectrum",
     "Top",
     "amplification",
     "chance",
+    "chance_held",
     "directions",
+    "nearest",
+    "rounding_norm",
     "similarity",
     "spectrum",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rankwise.errors import UserError, gather, nearest
 
-__all__ = ["FitConfig", "dump_config", "make_config", "read_config"]
+__all__ = ["FitConfig", "dump_config", "make_config", "read_config", "refuse_idle"]
 
 
 def split_names(value: object) -> object:
@@ -69,6 +69,17 @@ LEARNING_RATES = {
     "bitfit": 1e-3,  # of 1e-4 to 1e-3 in Ben Zaken et al. 2021
     "bottleneck": 1e-3,  # of 3e-5 to 3e-3 in Houlsby et al. 2019, section 3.2
     "prefix": 1e-2,  # free keys and values: 5e-3 to 1e-2 in Liu et al. 2021, arXiv 2110.07602
+}
+# Options that mean something to some methods only, and to which.
+_LORA = ("alpha", "alpha_pattern", "bias", "dora", "dropout", "freeze_a", "init", "lora_plus", "r",
+         "rank_pattern", "rank_stabilized", "tied")  # fmt: skip
+_MEANT_FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_LORA, ("lora",)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers"), ("lora", "bottleneck")),
+    **dict.fromkeys(("adapter_size", "adapter_placement"), ("bottleneck",)),
+    "prefix_length": ("prefix",),
+    "head": ("lora", "bitfit", "bottleneck", "prefix"),
+    "modules_to_save": ("lora", "head", "bitfit", "bottleneck", "prefix"),
 }
 MODEL, DATA, METHOD, TRAINING, RUN = "Model", "Data", "Method", "Training", "Run"
 
@@ -260,6 +271,23 @@ def make_config(values: Mapping[str, Any], where: str) -> FitConfig:
         raise
     gather(UserError, where, problems)
     return config.model_copy(update=_defaults(config))
+
+
+def refuse_idle(given: Collection[str], method: str) -> None:
+    """Refuse options that were given and mean nothing to the method.
+
+    A config file may hold them: it may be another method's, with the method changed by a flag.
+
+    Raises:
+        UserError: lists them, each with the methods that it is for.
+    """
+    problems = [
+        f"--{name.replace('_', '-')} means nothing to it; it is for "
+        f"{' and '.join(f'--method {m}' for m in _MEANT_FOR[name])}."
+        for name in given
+        if name in _MEANT_FOR and method not in _MEANT_FOR[name]
+    ]
+    gather(UserError, f"--method {method}", problems)
 
 
 def _defaults(config: FitConfig) -> dict[str, Any]:

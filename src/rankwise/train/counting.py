@@ -99,7 +99,8 @@ def count_model(config: FitConfig, labels: int = 2, methods: Sequence[str] = MET
     """Attach each method to the model on the meta device, and count what trains.
 
     Args:
-        config: model (a folder, a config file or a name on a hub), task and method options.
+        config: model (a folder, a config file or a name on a hub), task and method options. Of
+            several methods the targets are LoRA's, and bottlenecks stand by their placement.
         labels: classes of a classification head.
         methods: which to count. One that this model cannot have is told in the notes, unless it is
             LoRA or the only one.
@@ -117,6 +118,9 @@ def count_model(config: FitConfig, labels: int = 2, methods: Sequence[str] = MET
         model, task = make_skeleton(config.model, config.task, labels, config.revision)
         base = sum(p.numel() for p in model.parameters())
         options = config.model_copy(update={"method": word})
+        if word == "bottleneck" and len(methods) > 1:  # the targets beside LoRA's are LoRA's
+            everywhere = {"target_modules": None, "exclude_modules": [], "layers": None}
+            options = options.model_copy(update=everywhere)
         bare = Base(model, None, config.model, "", (), None)  # type: ignore[arg-type]
         try:
             done = attach(model, make_method(options, bare))

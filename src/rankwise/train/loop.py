@@ -28,7 +28,7 @@ from rankwise.train.precision import allocation_failed
 from rankwise.train.reporter import Reporter
 from rankwise.train.signals import Interrupted, StopRequest
 
-__all__ = ["Diverged", "Loop"]
+__all__ = ["Diverged", "Loop", "Step"]
 
 _LOGGED_STEPS = 1000
 
@@ -38,7 +38,7 @@ class Diverged(UserError):
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One optimiser step's figures; ``finite`` is false when it was skipped."""
 
     loss: float
@@ -155,12 +155,7 @@ class Loop:
         step = self.progress.step
         rate = learning_rate(step, self.total, self.config.learning_rate, self.config.warmup)
         set_rate(self.optimizer, rate)
-        self.model.train()
-        result = self._gradients(self._rows_of(step))
-        if result.finite:
-            self._note_live()
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        result = self.update(self._rows_of(step))
         self._count(result, time.perf_counter() - began)
         done = self.progress.step
         if done % self.log_every == 0 or done == self.total:
@@ -175,6 +170,16 @@ class Loop:
                 f"{self.config.learning_rate:g}), use --dtype float32, or look for broken rows."
             )
 
+    def update(self, passes: list[list[int]]) -> Step:
+        """One optimiser step over these rows; none where the loss or a gradient is not finite."""
+        self.model.train()
+        result = self._gradients(passes)
+        if result.finite:
+            self._note_live()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
     def _rows_of(self, step: int) -> list[list[int]]:
         """The passes of this optimiser step; they follow from the seed and the step alone."""
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -183,7 +188,7 @@ class Loop:
         first = index * self.config.accumulate
         return self._epoch[1][first : first + self.config.accumulate]
 
-    def _gradients(self, passes: list[list[int]]) -> _Step:
+    def _gradients(self, passes: list[list[int]]) -> Step:
         """Gradients of the mean loss over all rows of the step, clipped.
 
         When memory runs out the step starts anew with passes of half the size; the mean is over
@@ -206,7 +211,7 @@ class Loop:
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters.values(), self.config.max_grad_norm
         ).item()
-        return _Step(loss, norm, math.isfinite(loss) and math.isfinite(norm))
+        return Step(loss, norm, math.isfinite(loss) and math.isfinite(norm))
 
     def _accumulate(self, passes: list[list[int]]) -> float:
         task, encoded = self.train_rows.task, self.train_rows.encoded
@@ -247,7 +252,7 @@ class Loop:
         ]
         self.progress = replace(self.progress, live=(*self.progress.live, *new))
 
-    def _count(self, result: _Step, seconds: float) -> None:
+    def _count(self, result: Step, seconds: float) -> None:
         p = self.progress
         window = (p.window[0] + result.loss, p.window[1] + 1) if result.finite else p.window
         self.progress = replace(

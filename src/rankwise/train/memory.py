@@ -1,14 +1,16 @@
-"""The most memory that a run held: of its device, or of its process where that can be told."""
+"""The most memory that a run held, of its device or its process, and what a process holds now."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "resident"]
 
 
 class PeakMemory:
@@ -52,3 +54,12 @@ def _process_peak() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident() -> int | None:
+    """The resident memory of this process now, in bytes, or where only that is told, its peak."""
+    try:
+        pages = Path("/proc/self/statm").read_text("ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux
+        return _process_peak()

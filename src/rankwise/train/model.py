@@ -34,6 +34,7 @@ __all__ = [
     "load_base",
     "load_config",
     "load_tokenizer",
+    "longest",
 ]
 
 # The class of transformers that makes a model for each task.
@@ -131,7 +132,7 @@ def load_base(
         source=source,
         fingerprint=fingerprint(source, config),
         fresh=tuple(sorted(fresh)),
-        longest=_longest(model, tokenizer),
+        longest=longest(model, tokenizer),
         foreign=_foreign(model, fresh, known, label_names),
     )
 
@@ -339,7 +340,8 @@ def _refuse_holes(
         )
 
 
-def _longest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def longest(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+    """The longest input that a model and its tokenizer take, in tokens; None without a limit."""
     limits: list[int] = []
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
@@ -352,7 +354,7 @@ def _longest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None
             and module.padding_idx is not None
         ]
         limits.append(positions - max(taken, default=0))
-    if 0 < tokenizer.model_max_length < 1_000_000:
+    if tokenizer is not None and 0 < tokenizer.model_max_length < 1_000_000:
         limits.append(int(tokenizer.model_max_length))
     return min(limits) if limits else None
 

@@ -41,6 +41,7 @@ from rankwise.train.reporter import Reporter
 __all__ = [
     "Data",
     "column_names",
+    "equip",
     "in_order",
     "listed",
     "load_data",
@@ -253,9 +254,31 @@ def prepare(
         rows.append(Rows(encoded, examples.task, pad, device))
     model: Any = base.model
     if config.init in ("eva", "lora-ga"):
-        watcher.note(f"{config.init}: looking at {START_BATCHES} batches of the training rows.")
+        seen = min(START_BATCHES * config.batch_size, len(rows[0].encoded))
+        watcher.note(f"{config.init}: looking at {seen:,} of the training rows.")
         model.to(device)
-    done = attach(model, make_method(config, base, rows[0]))
+    choice = equip(config, base, device, before, watcher, rows[0])
+    return model.to(device), rows[0], rows[1], choice
+
+
+def equip(
+    config: FitConfig,
+    base: Base,
+    device: torch.device,
+    before: Mapping[str, Any] | None,
+    watcher: Reporter,
+    rows: Rows | None = None,
+) -> Choice:
+    """Attach the method to the base's model and put it into the number format for ``device``.
+
+    ``rows`` are the training rows for a start that looks at the running model; see
+    :func:`make_method`. The model stays where it is.
+
+    Raises:
+        UserError: the method or the number format does not fit the model.
+    """
+    model = base.model
+    done = attach(model, make_method(config, base, rows))
     for note in done.notes:
         watcher.note(note)
     if config.gradient_checkpointing:
@@ -275,7 +298,7 @@ def prepare(
             )
         cast_frozen(model, choice.dtype)
     watcher.note(f"Base in {choice.name} on {device.type} ({choice.reason}).")
-    return model.to(device), rows[0], rows[1], choice
+    return choice
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -75,7 +75,7 @@ def test_what_cannot_be_compared_is_told_before_anything_runs(given, tmp_path):
         run_compare(
             tmp_path / "a", given(target_modules=["nothing_like_it"]), {"methods": "lora,head"}
         )
-    assert "lora-r1: " in str(caught.value)
+    assert "lora-r1, lora-r2, lora-r4, lora-r8, lora-r16, lora-r32: " in str(caught.value)
     assert "nothing_like_it" in str(caught.value)
     assert "head: " not in str(caught.value)
     with pytest.raises(UserError, match=r"--reference lora-r9 is none of .* Did you mean"):

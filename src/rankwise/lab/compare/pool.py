@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -52,9 +54,11 @@ class Pool:
     def __init__(self) -> None:
         method = "forkserver" if sys.platform != "win32" else "spawn"
         self._context = multiprocessing.get_context(method)
+        self._running: dict[Connection, _Running] = {}
         if method == "forkserver":
             self._context.set_forkserver_preload(_PRELOADED)
-        self._running: dict[Connection, _Running] = {}
+            with _interrupts_ignored():
+                forkserver.ensure_running()
 
     def __enter__(self) -> Pool:
         return self
@@ -113,4 +117,22 @@ class Pool:
         if code == -signal.SIGTERM:
             return Ended("stopped")
         by = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return Ended("failed", f"its process ended with {by}, and without a word", 4)
+        why = ", as when memory runs out; fewer --jobs need less" if code == -signal.SIGKILL else ""
+        return Ended("failed", f"its process was ended by {by}{why}.", 4)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Generator[None]:
+    """Have a process that is started in the block ignore Ctrl+C, and all that it starts.
+
+    Ctrl+C goes to every process of a terminal. The parent answers it; the process that is copied
+    must not die of it while it imports. Outside the main thread nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

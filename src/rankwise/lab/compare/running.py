@@ -23,6 +23,7 @@ from rankwise.lab.compare.pool import Pool, cores
 from rankwise.lab.compare.work import work_of
 from rankwise.lab.compare.worker import Ended, Progress, Task
 from rankwise.train.folder import claim
+from rankwise.train.model import load_config
 from rankwise.train.planning import plan_model
 from rankwise.train.reporter import Reporter, Silent
 from rankwise.train.signals import Interrupted, StopRequest
@@ -91,17 +92,19 @@ def _plan(pinned: Pinned) -> int:
     """Try every setting on the model without its weights; returns how many parameters it has.
 
     Raises:
-        UserError: a method cannot be used on this model; all of them are listed.
+        UserError: there is no such model, or a method cannot be used on it; all are listed.
     """
+    load_config(pinned.given["model"], pinned.given.get("revision"))
     size = 0
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for regime in pinned.grid.regimes():
         config = pinned.grid.run_cell(regime, 1.0, 0).config
         try:
             size = plan_model(config, max(pinned.labels, 1)).counts["base"] or 0
         except RankwiseError as error:
-            problems.append(f"{regime.key}: {error}")
-    gather(UserError, "These methods cannot be compared on this model", problems)
+            problems.setdefault(str(error), []).append(regime.key)
+    said = [f"{', '.join(keys)}: {problem}" for problem, keys in problems.items()]
+    gather(UserError, "These methods cannot be compared on this model", said)
     return size
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import signal
@@ -17,13 +19,14 @@ from typing import Any
 
 from rankwise.errors import RankwiseError
 from rankwise.io import files
+from rankwise.lab.run_files import EVENTS
 from rankwise.train import manifest as record
 from rankwise.train.config import FitConfig
 from rankwise.train.loop import Diverged
 from rankwise.train.run import FitResult, fit
 from rankwise.train.signals import Interrupted
 
-__all__ = ["SPECTRA", "Ended", "Progress", "Task", "work"]
+__all__ = ["SPECTRA", "Ended", "Progress", "Task", "thin_log", "work"]
 
 SPECTRA = "spectra.json"
 _SECONDS = 0.5  # between two messages about progress
@@ -110,10 +113,34 @@ def _fit(task: Task, pipe: Connection) -> None:
     begun = (folder / record.NAME).exists()
     result = fit(task.config, resume=begun, reporter=_Sender(pipe))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    thin_log(folder / EVENTS)
     if not task.keep:
         shutil.rmtree(folder / "adapter", ignore_errors=True)
     elif task.config.method == "lora":
         files.write_json(folder / SPECTRA, _spectra(result))
+
+
+def thin_log(path: Path, most: int = 200) -> None:
+    """Leave at most so many training entries in a log: each the mean loss of the steps up to it.
+
+    The other entries, those of evaluations, stay as they are.
+    """
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    training = [number for number, event in enumerate(events) if event["event"] == "train"]
+    width = max(1, math.ceil(len(training) / most))
+    ends = {*training[width - 1 :: width], *training[-1:]}
+    kept: list[dict[str, Any]] = []
+    losses: list[float] = []
+    for number, event in enumerate(events):
+        if event["event"] == "train":
+            losses.append(math.nan if event["loss"] is None else event["loss"])
+            if number not in ends:
+                continue
+            mean = sum(losses) / len(losses)
+            event["loss"] = mean if math.isfinite(mean) else None
+            losses.clear()
+        kept.append(event)
+    files.write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
 
 
 def _spectra(result: FitResult) -> dict[str, list[float]]:

@@ -1,0 +1,90 @@
+"""trim_adapter: an adapter in any format cut to fewer ranks, as PEFT's folder, with no model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rankwise.io.blueprint import blueprint
+from rankwise.io.convert import Wishes, read_any, refuse_place
+from rankwise.io.holding import FORMATS, demand
+from rankwise.io.peft_alone import write_peft_alone
+from rankwise.io.portable import Portable
+from rankwise.methods.trimming import Trimmed, trim
+from rankwise.spectrum import Promise
+
+__all__ = ["TrimmedFolder", "trim_adapter"]
+
+
+@dataclass(frozen=True)
+class TrimmedFolder:
+    """What was read, what became of it, and what to tell.
+
+    Attributes:
+        before: the adapter as it was read.
+        trimmed: the cut adapter with its errors.
+        notes: what was decided on the way, one sentence each.
+    """
+
+    before: Portable
+    trimmed: Trimmed
+    notes: tuple[str, ...]
+
+
+def trim_adapter(
+    path: str | os.PathLike[str],
+    promise: Promise,
+    out: str | os.PathLike[str],
+    wishes: Wishes | None = None,
+) -> TrimmedFolder:
+    """Cut an adapter to the ranks that a promise asks for and write it as PEFT's folder.
+
+    See :func:`rankwise.methods.trimming.trim`. Every update gets scale 1: lora_alpha is r, in
+    rank_pattern and alpha_pattern alike, so that a reader that passes over the patterns still
+    computes with the right scale. ``out`` appears whole or not at all; an existing folder is
+    replaced when it is empty or holds an adapter and nothing else.
+
+    Raises:
+        UserError: the promise cannot be kept, or PEFT's files cannot hold the adapter.
+        ArtifactError: lists all that is wrong with the files.
+        EnvironmentFault: a file cannot be read, or the disk refuses.
+    """
+    wishes = wishes or Wishes()
+    refuse_place(Path(out), Path(path))
+    base = None if wishes.base is None else blueprint(wishes.base)
+    before = read_any(path, wishes, base)
+    demand(before, FORMATS["peft"])
+    made = trim(before.adapter, promise)
+    kept = set(made.adapter.factors)
+    after = replace(
+        before,
+        adapter=made.adapter,
+        embeddings=before.embeddings & kept,
+        kernels={n: k for n, k in before.kernels.items() if n in kept},
+    )
+    written = write_peft_alone(after.noting(*_told(made, out)), out)
+    return TrimmedFolder(before, made, written.notes)
+
+
+def _told(made: Trimmed, out: str | os.PathLike[str]) -> list[str]:
+    """What a user of the folder should know."""
+    notes: list[str] = []
+    gone = [name for name, cut in made.cuts.items() if not cut.after]
+    if gone:
+        notes.append(
+            f"rank 0: {len(gone)} updates are left out ('{gone[0]}'"
+            + (f" and {len(gone) - 1} more" if len(gone) > 1 else "")
+            + "), as target_modules cannot name a rank of 0"
+        )
+    if made.adapter.magnitudes:
+        notes.append(
+            "DoRA: the errors are those of δ, before the rows are scaled to the magnitudes"
+        )
+    ranks = {f.r for f in made.adapter.factors.values()}
+    if len(ranks) > 1:
+        notes.append(
+            f"ranks differ ({min(ranks)} to {max(ranks)}): PEFT reads rank_pattern; for a server "
+            f"that does not: rankwise convert {out} --to peft --for vllm --out FOLDER"
+        )
+    return notes

@@ -1,0 +1,202 @@
+"""A run's own model, loss, clipping and optimiser on tensors that have a shape but no data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.utils._pytree import tree_leaves
+
+from rankwise.attaching import attachment
+from rankwise.data.encode import Encoded
+from rankwise.errors import UserError
+from rankwise.lab.estimate.live import Live, Part
+from rankwise.targets import find_head
+from rankwise.train.checkpoint import Progress
+from rankwise.train.config import FitConfig
+from rankwise.train.evaluate import Rows, row_losses
+from rankwise.train.loop import Loop
+from rankwise.train.model import Base, longest
+from rankwise.train.precision import Choice
+from rankwise.train.reporter import Silent
+from rankwise.train.setup import equip, longest_input
+from rankwise.train.skeleton import make_skeleton
+
+__all__ = ["Rehearsal"]
+
+_NO_SHAPES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+
+class Rehearsal:
+    """A run made ready without a weight, whose steps say what they hold.
+
+    Every operation runs on the shapes and number formats that it would have, forward and backward,
+    in the loop of ``rankwise fit``; nothing of the size of the model is allocated.
+
+    Args:
+        config: the options of the run: model, method, length, number format.
+        labels: classes of a classification head.
+        device: where it would run.
+
+    Attributes:
+        task: what the model is for.
+        length: tokens of the longest row, no more than the model takes.
+        choice: the number format of the base, chosen as a run would.
+        notes: what the method has to say to the user.
+        base_bytes: of the model with its head as it is loaded, in float32.
+        gradient_bytes: of the gradients of everything that trains.
+
+    Raises:
+        UserError: the model, its task, the method and the number format do not fit together.
+        ArtifactError: the config is damaged.
+        EnvironmentFault: transformers is not installed, or the hub cannot be reached.
+    """
+
+    def __init__(self, config: FitConfig, labels: int, device: torch.device) -> None:
+        model, self.task = make_skeleton(config.model, config.task, labels, config.revision)
+        model.to(torch.float32).config.pad_token_id = 0
+        bare: Any = model
+        base = Base(bare, None, config.model, "", (), longest(model))  # type: ignore[arg-type]
+        self._config, self._device = config, device
+        self.length = longest_input(config, base)
+        self.base_bytes = sum(p.nbytes for p in model.parameters())
+        told = _Notes()
+        self.choice: Choice = equip(config, base, device, None, told)
+        self.notes = tuple(told.texts)
+        self._fake, self._live = FakeTensorMode(), Live()
+        self._begun = False
+        kept = attachment(model).originals.values()  # in memory as well, though no part of it
+        with self._fake:
+            _place([model, *kept], device)
+            held = self._rows(1)
+            self._loop = Loop(model, held, held, config, "", Path(), lambda _: None, Silent())
+        self.gradient_bytes = sum(p.nbytes for p in self._loop.parameters.values())
+        for module in (model, *kept):
+            self._live.mark([*module.parameters(), *module.buffers()], Part.WEIGHTS)
+        self._watch(model)
+
+    def step(self, batch: int) -> Mapping[Part, int]:
+        """What is held at the peak of an optimiser step over passes of so many rows.
+
+        Raises:
+            UserError: the shapes of the model's tensors depend on the data.
+        """
+        loop, live = self._loop, self._live
+        passes = [list(range(batch))] * min(2, self._config.accumulate)
+        with self._running():
+            loop.train_rows = self._rows(batch)
+            loop.progress = Progress(micro_batch=batch)
+            for _ in range(1 if self._begun else 2):  # the first step makes the optimiser's state
+                live.phase = Part.ACTIVATIONS
+                live.begin()
+                loop.update(passes)
+                states = loop.optimizer.state.values()
+                live.mark((t for t in tree_leaves(list(states))), Part.OPTIMIZER)
+        self._begun = True
+        return live.peak
+
+    def evaluation(self, batch: int) -> Mapping[Part, int]:
+        """What is held at the peak of an evaluation pass over so many rows.
+
+        Raises:
+            UserError: the shapes of the model's tensors depend on the data.
+        """
+        model = self._loop.model
+        with self._running(), torch.no_grad():
+            model.eval()
+            self._live.phase = Part.ACTIVATIONS
+            self._live.begin()
+            row_losses(model, self._rows(batch).batch(list(range(batch))), self.task)
+        return self._live.peak
+
+    @contextlib.contextmanager
+    def _running(self) -> Generator[None]:
+        try:
+            with self._fake, self._live:
+                yield
+        except _NO_SHAPES as error:
+            raise UserError(
+                "The memory of this model cannot be told without its data, because the shapes of "
+                f"its tensors depend on them ({type(error).__name__}: {error})."
+            ) from error
+
+    def _rows(self, batch: int) -> Rows:
+        """Rows of the full length but for one, so that there is padding as in most batches."""
+        lengths = [self.length] * (batch - 1) + [max(1, self.length - 1)]
+        ids = [[1] * length for length in lengths]
+        kinds: dict[str, Any] = {
+            "classification": [0] * batch,
+            "regression": [0.0] * batch,
+            "causal-lm": ids,
+        }
+        encoded = Encoded(ids, lengths, list(range(batch)), kinds[self.task])
+        return Rows(encoded, self.task, 0, self._device)
+
+    def _watch(self, model: nn.Module) -> None:
+        """Tell gradients, and what the head and the loss make, from activations."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._got_gradient)
+        for name in find_head(model).names:
+            model.get_submodule(name).register_forward_pre_hook(self._at_head, with_kwargs=True)
+
+    def _got_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._live.mark([parameter.grad], Part.GRADIENTS)
+
+    def _at_head(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """From here until the gradient comes back to here, what is made is the head's."""
+        self._live.phase = Part.LOGITS
+        for entry in tree_leaves((args, kwargs)):
+            if isinstance(entry, Tensor) and entry.requires_grad:
+                entry.register_hook(self._back_from_head)
+
+    def _back_from_head(self, _: Tensor) -> None:
+        self._live.phase = Part.ACTIVATIONS
+
+
+class _Notes(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def _place(models: Iterable[nn.Module], device: torch.device) -> None:
+    """Move modules from the meta device to tensors of ``device`` without data, ties kept."""
+    made: dict[int, Tensor] = {}
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+        )
+
+    for module in (m for model in models for m in model.modules()):
+        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(moved(old), requires_grad=old.requires_grad)
+            new = made[id(old)]
+            assert isinstance(new, nn.Parameter)
+            module.register_parameter(name, new)
+        for name, old in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            made.setdefault(id(old), moved(old))
+            module.register_buffer(name, made[id(old)])

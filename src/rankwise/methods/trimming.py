@@ -1,0 +1,132 @@
+"""trim: an adapter cut to the ranks that a promise asks for, each cut with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from rankwise.lowrank import Factors
+from rankwise.methods.adapter import Adapter
+from rankwise.methods.combining.sums import Gap, common_dtype, distance
+from rankwise.methods.restate import restated
+from rankwise.spectrum import Allocation, Layer, Promise, spectrum
+
+__all__ = ["Cut", "Trimmed", "cut_to", "layers_of", "trim"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of one update.
+
+    Attributes:
+        before, after: its rank; after 0 it is gone.
+        predicted: ‖δ − δ_k‖ / ‖δ‖ by the singular values.
+        measured: the same, of the factors that were made.
+    """
+
+    before: int
+    after: int
+    predicted: float
+    measured: Gap
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """A cut adapter, and what that cost.
+
+    Attributes:
+        adapter: the cut adapter; every update has scale 1, so α is its rank.
+        allocation: how its ranks were chosen.
+        cuts: by adapted weight.
+    """
+
+    adapter: Adapter
+    allocation: Allocation
+    cuts: Mapping[str, Cut]
+
+    @property
+    def error(self) -> float:
+        """‖δ − δ_k‖ / ‖δ‖ over all weights together, of the factors that were made."""
+        return Gap.over(cut.measured for cut in self.cuts.values()).error
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in A and B of the cut adapter."""
+        return sum(f.count() for f in self.adapter.factors.values())
+
+
+def trim(adapter: Adapter, promise: Promise) -> Trimmed:
+    """The smallest adapter that keeps a promise, its ranks chosen over all layers together.
+
+    Every update becomes its best approximation of the chosen rank (Eckart-Young), in float32 at
+    least, with scale 1. An update that is cut to rank 0 is left out of the adapter, which is what
+    δ = 0 means and what every reader of its file understands; one with a DoRA magnitude or a
+    trained bias keeps rank 1. Heads, biases, magnitudes and token rows stay as they are. A start
+    (A0, B0) is part of its update.
+
+    Raises:
+        UserError: the promise cannot be kept, or the adapter is not finite or was never trained.
+    """
+    chosen = promise.allocate(layers_of(adapter))
+    made, cuts = _made(adapter, chosen.ranks)
+    return Trimmed(made, chosen, cuts)
+
+
+def cut_to(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
+    """The adapter with each update cut to its rank in ``ranks``, 0 leaving it out; see trim."""
+    return _made(adapter, ranks)[0]
+
+
+def layers_of(adapter: Adapter) -> dict[str, Layer]:
+    """What ranks are chosen among: the spectrum of each update and what one rank of it costs."""
+    return {
+        name: Layer(spectrum(f), f.count() // f.r, _least(adapter, name))
+        for name, f in adapter.factors.items()
+    }
+
+
+def _least(adapter: Adapter, name: str) -> int:
+    """Ranks that an update keeps whatever they hold."""
+    return int(name in adapter.magnitudes or f"{name}.bias" in adapter.biases)
+
+
+def _made(adapter: Adapter, ranks: Mapping[str, int]) -> tuple[Adapter, dict[str, Cut]]:
+    factors = {n: _shortened(f, ranks[n]) for n, f in adapter.factors.items() if ranks[n]}
+    cuts = {
+        name: Cut(
+            before=whole.r,
+            after=ranks[name],
+            predicted=spectrum(whole).error(ranks[name]),
+            measured=_gap(whole, factors.get(name)),
+        )
+        for name, whole in adapter.factors.items()
+    }
+    made = replace(adapter, method=restated(adapter.method, factors), factors=factors)
+    return made, cuts
+
+
+def _shortened(factors: Factors, k: int) -> Factors:
+    """δ_k with scale 1, rounded once."""
+    dtype = common_dtype([factors])
+    whole = _wide(factors).truncate(k)
+    return Factors(whole.A.to(dtype).contiguous(), whole.B.to(dtype).contiguous(), 1.0)
+
+
+def _gap(whole: Factors, short: Factors | None) -> Gap:
+    if short is None:
+        zero = torch.zeros_like(whole.B)
+        short = Factors(whole.A, zero, 1.0)
+    return distance([_wide(whole)], short)
+
+
+def _wide(factors: Factors) -> Factors:
+    """The same δ without a start, in float64 before anything is subtracted."""
+    A, B, A0, B0 = (
+        None if t is None else t.detach().double()
+        for t in (factors.A, factors.B, factors.A0, factors.B0)
+    )
+    assert A is not None
+    assert B is not None
+    return Factors(A, B, factors.scale, A0, B0).conditioned()

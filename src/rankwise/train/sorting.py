@@ -1,0 +1,190 @@
+"""What of a checkpoint differs from its base, tensor by tensor, and how an adapter can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import ArtifactError, UserError, gather
+from rankwise.io.blueprint import Blueprint
+from rankwise.layers import is_conv1d
+from rankwise.targets import find_head, shared_weights
+
+__all__ = ["Pair", "Sorted", "changed", "end_of", "sort_tensors"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor in both checkpoints.
+
+    Attributes:
+        name: by the model of the tuned checkpoint.
+        before, after: its names in the files of the base and of the tuned checkpoint.
+        transposed: whether it is stored (in, out).
+    """
+
+    name: str
+    before: str
+    after: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The tensors of a tuned checkpoint beside those of its base.
+
+    Attributes:
+        low_rank: weights of linear layers that differ.
+        biases: biases of linear layers that differ.
+        whole: for each module that has to be saved whole, why.
+        kept: by module saved whole, its tensors by full name and by their names in the file.
+        loose: tensors that differ and belong to no module that can be saved.
+        untouched: how many tensors are the same, to the last bit of the shorter format.
+        transposed: whether linear layers are stored (in, out).
+    """
+
+    low_rank: tuple[Pair, ...]
+    biases: tuple[Pair, ...]
+    whole: Mapping[str, str]
+    kept: Mapping[str, Mapping[str, str]]
+    loose: tuple[str, ...]
+    untouched: int
+    transposed: bool
+
+
+def sort_tensors(model: nn.Module, base: Blueprint, tuned: Blueprint) -> Sorted:
+    """Compare two checkpoints, reading one tensor of each at a time.
+
+    ``model`` is that of the tuned checkpoint, on the meta device. A task's model holds the base
+    under a name of its own, so names are matched by their ends.
+
+    Raises:
+        UserError: the checkpoints are not of one architecture, or the vocabulary was resized.
+        ArtifactError: a tensor is missing, or not finite.
+    """
+    modules = dict(model.named_modules())
+    head = find_head(model)
+    low: list[Pair] = []
+    biases: list[Pair] = []
+    whole: dict[str, str] = {}
+    problems: list[str] = []
+    loose: list[str] = []
+    untouched = 0
+    keys = {n: key for n in model.state_dict() if (key := end_of(n, tuned.shapes)) is not None}
+    _refuse_missing(model, keys, tuned)
+    for name, after in keys.items():
+        owner, _, leaf = name.rpartition(".")
+        before = end_of(name, base.shapes)
+        if before is None or (base.shapes[before] != tuned.shapes[after] and head.holds(owner)):
+            _save_whole(owner, "not in the base", whole, loose, name)
+        elif base.shapes[before] != tuned.shapes[after]:
+            problems.append(
+                f"'{name}' is {base.shapes[before]} in the base and {tuned.shapes[after]} in the "
+                "tuned checkpoint."
+            )
+        elif _same(base.fetch(before), tuned.fetch(after)):
+            untouched += 1
+        elif isinstance(modules[owner], nn.Linear) or is_conv1d(modules[owner]):
+            found = Pair(name, before, after, is_conv1d(modules[owner]))
+            (low if leaf == "weight" else biases).append(found)
+        else:
+            kind = type(modules[owner]).__name__ if owner else "model"
+            _save_whole(owner, f"{kind}, no linear layer", whole, loose, name)
+    gather(UserError, "A low-rank update cannot turn one into the other", problems)
+    _refuse_strangers(low, untouched, base, tuned)
+    whole = _with_partners(model, whole)
+    inside = tuple(f"{name}." for name in whole)
+    return Sorted(
+        low_rank=tuple(pair for pair in low if not pair.name.startswith(inside)),
+        biases=tuple(pair for pair in biases if not pair.name.startswith(inside)),
+        whole=whole,
+        kept={name: _tensors(model, name, tuned) for name in whole},
+        loose=tuple(loose),
+        untouched=untouched,
+        transposed=any(pair.transposed for pair in low),
+    )
+
+
+def changed(pair: Pair, base: Blueprint, tuned: Blueprint) -> tuple[Tensor, Tensor]:
+    """W0 and Δ = W − W0 as (out, in), or of a bias as (out,), Δ in float32 at least.
+
+    Raises:
+        ArtifactError: Δ is not finite.
+    """
+    first, second = base.fetch(pair.before), tuned.fetch(pair.after)
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    delta = second.to(wide) - first.to(wide)
+    if not bool(torch.isfinite(delta).all()):
+        raise ArtifactError(
+            f"'{pair.after}' holds numbers that are not finite, in {base.where} or {tuned.where}."
+        )
+    return (first.mT, delta.mT) if pair.transposed and delta.ndim == 2 else (first, delta)
+
+
+def end_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The name of a tensor in a file: its own, or its longest end of two parts or more that is
+    there, or the only one there that has more in front.
+    """
+    words = name.split(".")
+    for first in range(max(1, len(words) - 2)):
+        key = ".".join(words[first:])
+        if key in shapes:
+            return key
+    longer = [key for key in shapes if key.endswith(f".{name}")]
+    return longer[0] if len(longer) == 1 else None
+
+
+def _save_whole(owner: str, why: str, whole: dict[str, str], loose: list[str], name: str) -> None:
+    if owner:
+        whole.setdefault(owner, why)
+    else:
+        loose.append(name)
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether nothing but the format differs, as where a base in float32 was tuned in bfloat16."""
+    short = first.dtype if first.element_size() < second.element_size() else second.dtype
+    return torch.equal(first.to(short), second.to(short))
+
+
+def _tensors(model: nn.Module, name: str, tuned: Blueprint) -> dict[str, str]:
+    """The tensors of a module by full name, each with its name in the file."""
+    partners = {n: group for group in shared_weights(model) for n in group}
+    found: dict[str, str] = {}
+    for key in model.get_submodule(name).state_dict():
+        full = f"{name}.{key}"
+        places = (end_of(n, tuned.shapes) for n in (full, *partners.get(full, ())))
+        place = next((p for p in places if p is not None), None)
+        if place is None:
+            raise ArtifactError(f"{tuned.where} has no tensor '{full}'.")
+        found[full] = place
+    return found
+
+
+def _with_partners(model: nn.Module, whole: Mapping[str, str]) -> dict[str, str]:
+    """Also what is tied to a module saved whole, for it would keep the base's weight."""
+    found = dict(whole)
+    for group in shared_weights(model):
+        owners = [name.rpartition(".")[0] for name in group]
+        tied = next((o for o in owners if o in whole), None)
+        for owner in owners if tied is not None else ():
+            found.setdefault(owner, f"tied to '{tied}'")
+    return {n: why for n, why in found.items() if not any(n.startswith(f"{o}.") for o in found)}
+
+
+def _refuse_missing(model: nn.Module, keys: Mapping[str, str], tuned: Blueprint) -> None:
+    tied = {name for group in shared_weights(model) for name in group}
+    missing = [n for n, _ in model.named_parameters() if n not in keys and n not in tied]
+    told = [f"there is no '{name}'." for name in missing]
+    gather(ArtifactError, f"{tuned.where} is not what its config.json says", told)
+
+
+def _refuse_strangers(low: list[Pair], untouched: int, base: Blueprint, tuned: Blueprint) -> None:
+    if not low and not untouched:
+        raise UserError(
+            f"{base.where} and {tuned.where} have no weight in common, so one was not made from "
+            "the other."
+        )

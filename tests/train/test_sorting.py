@@ -1,0 +1,46 @@
+"""Names of two checkpoints are matched by their ends, and tied or strange tensors are seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankwise.errors import ArtifactError
+from rankwise.io.blueprint import Blueprint, blueprint
+from rankwise.train.blank import blank_model
+from rankwise.train.sorting import Pair, changed, end_of, sort_tensors
+
+
+def test_a_name_is_itself_or_its_longest_end() -> None:
+    shapes: dict[str, tuple[int, ...]] = {"model.a.q.weight": (), "b.q.weight": (), "weight": ()}
+    assert end_of("model.a.q.weight", shapes) == "model.a.q.weight"
+    assert end_of("a.q.weight", shapes) == "model.a.q.weight"
+    assert end_of("bert.b.q.weight", shapes) == "b.q.weight"
+    assert end_of("bert.c.q.weight", shapes) is None
+    assert end_of("q.weight", shapes) is None  # two end so
+
+
+def test_the_same_checkpoint_is_untouched(bert: Path) -> None:
+    files = blueprint(bert)
+    found = sort_tensors(blank_model(str(bert)), files, files)
+    assert found.untouched == len(files.shapes)
+    assert (found.low_rank, found.biases, found.whole, found.loose) == ((), (), {}, ())
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_damaged(bert: Path) -> None:
+    files = blueprint(bert)
+    shapes = {n: s for n, s in files.shapes.items() if "query" not in n}
+    short = Blueprint("short", files.config, shapes, files.fetch)
+    with pytest.raises(ArtifactError, match=r"there is no 'encoder.layer.0.attention.self.query"):
+        sort_tensors(blank_model(str(bert)), files, short)
+
+
+def test_a_change_is_taken_in_float32_and_as_out_by_in() -> None:
+    first, second = torch.randn(4, 6).bfloat16(), torch.randn(4, 6).bfloat16()
+    base = Blueprint("base", {}, {"w": (4, 6)}, {"w": first}.__getitem__)
+    tuned = Blueprint("tuned", {}, {"w": (4, 6)}, {"w": second}.__getitem__)
+    weight, delta = changed(Pair("w", "w", "w", transposed=True), base, tuned)
+    assert torch.equal(weight, first.T)
+    assert torch.equal(delta, (second.float() - first.float()).T)
