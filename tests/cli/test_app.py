@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,3 +148,15 @@ def test_help_shows_what_a_flag_takes_and_whole_paragraphs(
         "rankwise fit --model bert-base-uncased --data train.tsv --eval dev.tsv --r 8 --target"
         in (" ".join(shown.split()))
     )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no named pipes")
+def test_ctrl_c_says_so_and_leaves_with_130(
+    call: Callable[..., SimpleNamespace], tmp_path: Path
+) -> None:
+    """While it waits for a config file that never comes."""
+    os.mkfifo(tmp_path / "run.yaml")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    done = call("fit", "--config", tmp_path / "run.yaml")
+    assert done.code == 130
+    assert done.err.strip() == "Stopped."

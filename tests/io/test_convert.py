@@ -152,9 +152,9 @@ def test_the_report_tells_each_decision(
 @pytest.mark.parametrize(
     ("to", "more", "told"),
     [
-        ("pefd", {}, "to must be one of peft, .*Did you mean 'peft'"),
-        ("peft", {"reader": "vlm"}, "for must be one of vllm.*Did you mean 'vllm'"),
-        ("peft", {"source": "loralip"}, "from must be one of.*Did you mean 'loralib'"),
+        ("pefd", {}, r"to \(--to\) must be one of peft, .*Did you mean 'peft'"),
+        ("peft", {"reader": "vlm"}, r"for \(--for\) must be one of vllm.*Did you mean 'vllm'"),
+        ("peft", {"source": "loralip"}, r"from \(--from\) must be one of.*Did you mean 'loralib'"),
         ("gguf", {"reader": "vllm"}, "vLLM reads PEFT's files, so --for vllm goes with --to peft"),
         ("gguf", {}, "Give the base or its config.json: --base"),
         ("kohya", {}, "nothing was said. Give component"),

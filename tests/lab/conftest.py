@@ -347,3 +347,22 @@ def measure_page(
         return json.loads(title.removeprefix("measured "))
 
     return measure
+
+
+@pytest.fixture
+def shown_whole(measure_page: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """Checks that a browser shows every figure of a page in full, and loads nothing."""
+
+    def check(page: Path, figures: list[str], width: int, *options: str) -> None:
+        found = measure_page(page, width, *options)
+        assert list(found["figures"]) == figures
+        for name, (wide, high) in found["figures"].items():
+            assert wide > 300, name
+            assert high > 150, name
+        assert found["loaded"] == []
+        assert found["window"] == width
+        assert found["wide"] <= width
+        assert found["small"] >= 10
+        assert found["outside"] == []
+
+    return check

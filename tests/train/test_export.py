@@ -220,7 +220,7 @@ def test_what_is_exported_computes_what_the_folder_computes(
 def test_an_export_that_fails_leaves_no_merged_folder(
     half: Callable[[Path], Path], bert: Path, options: Callable[..., FitConfig], tmp_path: Path
 ) -> None:
-    more = {"epochs": 6, "lr": 0.02, "target_modules": "all-linear"}
+    more = {"method": "head", "max_steps": 1}
     run = fit(options(tmp_path / "run", model=str(half(bert)), **more)).folder
     error = refused(run, tmp_path / "merged", exports=[Onnx()])
     assert error.exit_code == 3

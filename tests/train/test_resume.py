@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from rankwise.cli.app import main
 from rankwise.errors import ArtifactError, RankwiseError, UserError
 from rankwise.train.config import FitConfig, dump_config
 from rankwise.train.resume import config_of_run
@@ -390,11 +391,11 @@ def test_what_is_no_run_is_not_resumed(options: Options, tmp_path: Path) -> None
     assert "no manifest.json" in refused(options(tmp_path / "empty"))
 
 
-def test_flags_beside_resume_are_compared_with_the_run_s(stopped: Any, tmp_path: Path) -> None:
+def test_flags_beside_resume_are_compared_with_the_run_s(
+    stopped: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped()
-    words = ["fit", "--resume", "--out", str(tmp_path / "run"), "--lr", "0.25"]
-    command = [sys.executable, "-m", "rankwise", *words]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert "--lr was 0.001 and is now 0.25" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--resume", "--out", str(tmp_path / "run"), "--lr", "0.25"])
+    assert left.value.code == 2
+    assert "--lr was 0.001 and is now 0.25" in capsys.readouterr().err

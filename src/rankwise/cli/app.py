@@ -24,6 +24,7 @@ COMMANDS = {
     "predict": "Predict texts or the rows of a file with a run's model.",
     "convert": "Convert an adapter between PEFT, loralib, MLX, kohya, diffusers and GGUF.",
     "combine": "Combine adapters of one base into one, and measure what is lost of each layer.",
+    "advise": "Find the smallest rank that is as good as a generous one, and a config for it.",
     "inspect": "Show an adapter's singular values, layer by layer, and what rank it uses.",
     "trim": "Cut an adapter to the smallest one that keeps a promise, and say what it costs.",
     "extract": "Make a LoRA adapter from the difference of two checkpoints, layer by layer.",
@@ -36,6 +37,7 @@ COMMANDS = {
 }
 
 
+_CTRL_C = 130
 _VALUES = {"int": "N", "float": "X", "str": "TEXT"}  # what help calls the value of a flag
 
 
@@ -120,9 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     try:
         make_app(words[:1])(words)
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as left:
+        if isinstance(left, SystemExit) and left.code != _CTRL_C:
+            raise
+        print("\nStopped.", file=sys.stderr)  # typer turns a KeyboardInterrupt into this code
+        sys.exit(_CTRL_C)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

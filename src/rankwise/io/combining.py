@@ -13,7 +13,7 @@ from rankwise.io.convert import Wishes, read_any, refuse_place
 from rankwise.io.detect import home
 from rankwise.io.peft_alone import write_peft_alone
 from rankwise.io.portable import Portable
-from rankwise.io.sketch import Sketch, alike
+from rankwise.io.sketch import Sketch, alike, contrast
 from rankwise.methods.combining import Combination, Combined, Concatenate, combine
 
 __all__ = ["CombinedFolder", "combine_folders"]
@@ -115,7 +115,8 @@ def _strangers(read: Sequence[Portable], names: Sequence[str]) -> Iterator[str]:
             f = portable.factors.get(name)
             size = 1 if f is None else f.out_features * f.in_features
             if not alike(known, values, size):
-                unlike.append(f"'{name}' has norm {known[0]:.6g} in {other} and {values[0]:.6g}")
+                before, now = contrast(known, values)
+                unlike.append(f"'{name}' has {before} in {other} and {now}")
         if unlike:
             yield (
                 f"{who} was made on other weights: {unlike[0]} there ({len(unlike)} of "

@@ -17,10 +17,19 @@ from rankwise.io.tensors import strict_json
 from rankwise.layers import is_quantized, is_wrapped
 from rankwise.targets import sites
 
-__all__ = ["METADATA_KEY", "Sketch", "agree", "alike", "differences", "own_modules", "sketch"]
+__all__ = [
+    "METADATA_KEY",
+    "Sketch",
+    "agree",
+    "alike",
+    "contrast",
+    "differences",
+    "own_modules",
+    "sketch",
+]
 
 METADATA_KEY = "rankwise.base"
-_VERSION = 1
+_VERSION = 2  # of version 1, whose norms were of all numbers, the entries alone are compared
 _VALUES = 8
 _SAMPLE = 2**12  # a norm over all numbers would read the whole base each time an adapter is loaded
 _RELATIVE = 2.0**-8  # twice the largest rounding of bfloat16
@@ -35,15 +44,20 @@ class Sketch:
         base: what the base was called.
         modules: of each weight the norm of some 4,096 of its entries and 8 entries themselves,
             both evenly spaced from the first in storage order; by the module's name, or by the
-            parameter's full name where it is not the weight of a layer.
+            parameter's full name where it is not the weight of a layer. A norm that is not known
+            is NaN.
     """
 
     base: str | None
     modules: Mapping[str, tuple[float, ...]]
 
     def to_json(self) -> str:
-        """As one line of JSON, six digits each: about a hundred bytes a module."""
-        rounded = {n: [float(f"{v:.6g}") for v in values] for n, values in self.modules.items()}
+        """As one line of JSON, six digits each: about a hundred bytes a module.
+
+        A module whose norm is not known is left out.
+        """
+        kept = {n: values for n, values in self.modules.items() if not math.isnan(values[0])}
+        rounded = {n: [float(f"{v:.6g}") for v in values] for n, values in kept.items()}
         whole = {"version": _VERSION, "base": self.base, "modules": rounded}
         return json.dumps(whole, separators=(",", ":"))
 
@@ -56,14 +70,15 @@ class Sketch:
         """
         raw = strict_json(text.encode("utf-8", "replace"), where, f"the entry '{METADATA_KEY}'")
         modules, base = raw.get("modules"), raw.get("base")
-        if raw.get("version") != _VERSION or not isinstance(modules, dict):
+        if raw.get("version") not in (1, _VERSION) or not isinstance(modules, dict):
             raise ArtifactError(
                 f"{where}: the entry '{METADATA_KEY}' is no sketch of version {_VERSION}. It was "
                 "written by a newer Rankwise, or by something else."
             )
+        old = raw["version"] == 1
         table = cast("dict[str, object]", modules)
         read = {name: _numbers(values) for name, values in table.items()}
-        kept = {name: values for name, values in read.items() if values is not None}
+        kept = {n: (math.nan, *v[1:]) if old else v for n, v in read.items() if v is not None}
         if len(kept) != len(read):
             raise ArtifactError(f"{where}: the entry '{METADATA_KEY}' is damaged.")
         return Sketch(base if isinstance(base, str) else None, kept)
@@ -96,10 +111,9 @@ def differences(known: Sketch, model: nn.Module) -> list[str]:
     first = unlike[0]
     called = f" ('{known.base}')" if known.base else ""
     what = f"the weight of '{first}'" if first in modules else f"'{first}'"
+    there, now = contrast(known.modules[first], here[first])
     sentence = (
-        f"it was made on another base{called}: {what} has a sampled "
-        f"norm of {known.modules[first][0]:.6g} and first value {known.modules[first][1]:.6g} there, "
-        f"{here[first][0]:.6g} and {here[first][1]:.6g} in this model "
+        f"it was made on another base{called}: {what} has {there} there, {now} in this model "
         f"({len(unlike)} of {len(here)} weights differ)."
     )
     return [sentence]
@@ -126,12 +140,26 @@ def agree(first: Tensor, second: Tensor) -> bool:
 
 
 def alike(known: tuple[float, ...], here: tuple[float, ...], size: int) -> bool:
-    """Whether two sketches of a weight of this size differ by no more than a change of dtype."""
-    slack = _ABSOLUTE * known[0] / math.sqrt(max(min(size, _SAMPLE), 1))
+    """Whether two sketches of a weight of this size differ by no more than a change of dtype.
+
+    A norm that one of them does not know is not compared.
+    """
+    norms = [v[0] for v in (known, here) if not math.isnan(v[0])]
+    root_mean_square = norms[0] / math.sqrt(max(min(size, _SAMPLE), 1)) if norms else 0.0
+    slack = _ABSOLUTE * root_mean_square
     return len(known) == len(here) and all(
         abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) + slack
         for a, b in zip(known, here, strict=True)
+        if not (math.isnan(a) or math.isnan(b))
     )
+
+
+def contrast(known: tuple[float, ...], here: tuple[float, ...]) -> tuple[str, str]:
+    """Two sketches of a weight in words, by their norms where both are known."""
+    if math.isnan(known[0]) or math.isnan(here[0]):
+        return f"first value {known[1]:.6g}", f"{here[1]:.6g}"
+    before, now = (f"{v[0]:.6g} and first value {v[1]:.6g}" for v in (known, here))
+    return f"a sampled norm of {before}", now
 
 
 def _key(modules: Mapping[str, nn.Module], name: str) -> str | None:

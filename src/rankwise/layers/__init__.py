@@ -3,7 +3,7 @@
 from rankwise.layers.bottleneck import Activation, Network, network
 from rankwise.layers.build import adapt, bare, drop_updates, low_rank, offset, token_rows, wrap
 from rankwise.layers.frozen import dense_weight, is_quantized, quantization, rounds_inputs
-from rankwise.layers.fusing import is_packed, unpack
+from rankwise.layers.fusing import is_packed, pack, unpack
 from rankwise.layers.host import LoRAHost, released
 from rankwise.layers.layer import (
     LoRAConv,
@@ -76,6 +76,7 @@ __all__ = [
     "network",
     "offset",
     "optimize_frozen",
+    "pack",
     "place_of",
     "quantization",
     "refusal",

@@ -22,19 +22,16 @@ from rankwise.errors import RankwiseError, UserError, gather
 from rankwise.layers import (
     LoRAHost,
     LoRALayer,
-    LowRank,
     Shared,
     is_packed,
     is_quantized,
     quantization,
     rounds_inputs,
     unpack,
-    wide_dtype,
 )
-from rankwise.lowrank import Factors
+from rankwise.merging.blocks import BLOCK, held, sum_of
 from rankwise.merging.certificate import Certificate, certify
 from rankwise.merging.effect import Probe, full_float32, instead
-from rankwise.merging.slabs import BLOCK
 from rankwise.targets import Site, shared_weights, sites
 
 __all__ = ["MergeError", "merge", "merged", "unmerge"]
@@ -152,38 +149,16 @@ def merged(model: nn.Module, *, probe: Probe | None = None) -> Generator[Certifi
 
 
 def merged_weight(layer: LoRALayer, parameter: str) -> Tensor:
-    """W' = W0 + Σ δ, laid out and rounded once as W0 is; low-rank updates in blocks of rows."""
+    """W' = W0 + Σ δ, laid out and rounded once as W0 is; a sum of products in blocks of rows."""
     stored = layer.base_weight(parameter) if _has(layer, parameter) else None
     with torch.no_grad(), full_float32():
         if stored is None:
             return torch.stack([u.dense(layer) for u in layer.changes(parameter)]).sum(0)
         with _no_autocast(stored):
-            pairs = [_pair(update) for update in layer.changes(parameter)]
-            if None in pairs or stored.ndim != 2:
+            total = sum_of(layer, parameter, stored)
+            if total is None:
                 return layer.effective(parameter).contiguous()
-            return _by_blocks(layer, parameter, stored, [p for p in pairs if p is not None])
-
-
-def _pair(update: object) -> Factors | None:
-    """A and B of an update that is nothing but low-rank and covers all rows."""
-    whole = isinstance(update, LowRank) and update.magnitude is None and not update.layout.rows
-    return update.factors().conditioned() if isinstance(update, LowRank) and whole else None
-
-
-def _by_blocks(layer: LoRALayer, parameter: str, stored: Tensor, pairs: list[Factors]) -> Tensor:
-    layout = layer.changes(parameter)[0].layout
-    wide = wide_dtype(stored)
-    result = torch.empty_like(stored)
-    source, target = layout.matrix(stored), layout.matrix(result)
-    factors = [Factors(f.A.detach().to(wide), f.B.detach().to(wide), f.scale) for f in pairs]
-    step = max(1, BLOCK // source.shape[1])
-    for start in range(0, len(source), step):
-        rows = slice(start, start + step)
-        total = source[rows].to(wide)
-        for f in factors:
-            total = total + Factors(f.A, f.B[rows], f.scale).delta()
-        target[rows] = total
-    return result
+            return total.whole(BLOCK)
 
 
 def _has(layer: LoRALayer, parameter: str) -> bool:
@@ -260,7 +235,7 @@ def _dequantized(layer: LoRALayer) -> nn.Module:
 def _keep_tied(adapted: list[tuple[Site, LoRALayer]], twins: dict[str, nn.Module]) -> None:
     """Where one update is on two layers of one weight, let them share the merged weight too."""
     for name, first in _joined(adapted).items():
-        if not isinstance(vars(type(twins[name])).get("weight"), property):
+        if held(twins[name], "weight") is not None:
             twins[name].register_parameter("weight", twins[first].get_parameter("weight"))
 
 

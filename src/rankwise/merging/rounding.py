@@ -41,6 +41,11 @@ class LayerCheck:
         lost: ‖W' - (W0 + δ)‖ / ‖δ‖, the part of the update that rounding W' took: 0 is none.
             As W0 has the dtype of W', 1 means that W' = W0.
         finite: whether every number of W' is finite.
+        rows: of W', those compared number by number; weight_ratio, lost and, of a linear layer,
+            error, bound, effect and ratio are of these. All of them, but in a large weight.
+        of: the rows of W' in all.
+        sums: the largest |Σ ± (W' - (W0 + δ))| / bound over runs of numbers that cover all of a
+            large weight, see :mod:`rankwise.merging.sample`; 0 where every row was compared.
     """
 
     name: str
@@ -52,6 +57,9 @@ class LayerCheck:
     update: float
     lost: float
     finite: bool
+    rows: int
+    of: int
+    sums: float
 
     @property
     def passed(self) -> bool:
@@ -65,6 +73,11 @@ class LayerCheck:
             return (
                 f"the merged weight of {self.name} is not W0 + δ rounded once (an element is "
                 f"{self.weight_ratio:.3g} times as far off as rounding explains)"
+            )
+        if not self.sums <= 1:
+            return (
+                f"the merged weight of {self.name} is not W0 + δ rounded once (a sum over a few "
+                f"of its numbers is {self.sums:.3g} times as far off as rounding explains)"
             )
         if not self.ratio <= 1:
             return (
@@ -95,23 +108,21 @@ def check_layer(
 
     Without them, seeded Gaussian ones are drawn (ids at random). Rows of an embedding that trained
     are looked at whatever the probe holds. A parameter that its owner reads is measured as the
-    linear layer that it is a matrix of. No gradients may be on.
+    linear layer that it is a matrix of. Of a large weight a sample of the rows is measured, and
+    sums over all of it (:mod:`rankwise.merging.sample`). No gradients may be on.
     """
     name = site if parameter == "weight" else f"{site}.{parameter}"
+    sample = sampled(layer, parameter, merged, x)
+    if sample is not None:
+        return _check_sample(name, layer, parameter, merged, sample, x)
     found: Tensor = getattr(merged, parameter)
-    weight_ratio, update, lost, finite = check_weight(layer, parameter, found)
-    error = bound = effect = ratio = 0.0
+    weight_ratio, added, missing, finite = check_weight(layer, parameter, found)
+    rows = len(found) if found.ndim < 2 else math.prod(_matrix(layer, parameter, found).shape[:-1])
+    measured = 0.0, 0.0, 0.0, 0.0
     if found.ndim > 1:
         x = _with_tokens(layer, _drawn(layer, parameter) if x is None else x)
         unmerged, changed = _runs(layer, parameter, merged, found, x)
-        limit, low = output_bound(layer, parameter, x, unmerged, changed)
-        apart = (_wide(changed) - _wide(unmerged)).abs()
-        place = int(apart.argmax())
-        error, bound = float(apart.flatten()[place]), float(limit.flatten()[place])
-        effect, ratio = low, float((apart / limit).max())
-    return LayerCheck(name, error, bound, effect, ratio, weight_ratio, update, lost, finite)
-
-
+        measured = _outputs(unmerged, changed, *output_bound(layer, parameter, x, unmerged, changed))
 def _runs(
     layer: LoRALayer, parameter: str, merged: nn.Module, found: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -224,6 +224,24 @@ class FitConfig(BaseModel):
     gradient_checkpointing: bool = _option(
         False, "Recompute activations in backward: less memory, more time.", TRAINING
     )
+    base_dropout: bool = _option(
+        True, "Let the dropout that the base has of its own act in training.", TRAINING
+    )
+    cache: float = _option(
+        0.0,
+        "Keep what the frozen layers below the first trained one give for each row, in up to so "
+        "many GB of files in the run folder, so that they run once and not in each epoch. They "
+        "then run without dropout. 0 keeps nothing.",
+        TRAINING,
+        ge=0,
+        allow_inf_nan=False,
+    )
+    pack: Literal["auto", "no"] = _option(
+        "auto",
+        "auto measures whether frozen weights, packed once, multiply faster on this CPU, and packs "
+        "them if so, which takes twice their memory.",
+        TRAINING,
+    )
     seed: int = _option(0, "Seed of everything random.", TRAINING, ge=0, lt=2**32)
 
     out: str = _option(..., "Folder of the run.", RUN)

@@ -16,6 +16,7 @@ from rankwise.data.batches import BatchPlan, collate
 from rankwise.data.encode import Encoded
 from rankwise.errors import EnvironmentFault
 from rankwise.train.answers import Answers
+from rankwise.train.frozen_cache import HIDDEN, Kept
 from rankwise.train.metrics import score
 from rankwise.train.precision import allocation_failed
 from rankwise.train.reporter import Reporter, Silent
@@ -32,17 +33,22 @@ class Rows:
         task: "classification", "regression" or "causal-lm".
         pad_id: the token that fills short rows.
         device: where batches go.
+        kept: what the frozen layers give for each row, where that is not computed each time.
     """
 
     encoded: Encoded
     task: str
     pad_id: int
     device: torch.device
+    kept: Kept | None = None
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
         """The tensors of these rows, on the device."""
         made = collate(self.encoded, indices, self.pad_id)
-        return {name: tensor.to(self.device) for name, tensor in made.items()}
+        batch = {name: tensor.to(self.device) for name, tensor in made.items()}
+        if self.kept is not None:
+            batch[HIDDEN] = self.kept.get(indices, batch["attention_mask"])
+        return batch
 
 
 def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, Tensor]:

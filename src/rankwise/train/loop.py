@@ -22,6 +22,8 @@ from rankwise.train.answers import Answers
 from rankwise.train.checkpoint import Progress
 from rankwise.train.config import FitConfig
 from rankwise.train.evaluate import Rows, batch_loss, measure, targets_in
+from rankwise.train.frozen import train_mode
+from rankwise.train.memory import give_back
 from rankwise.train.metrics import better
 from rankwise.train.optim import adamw, learning_rate, set_rate
 from rankwise.train.precision import allocation_failed
@@ -172,7 +174,7 @@ class Loop:
 
     def update(self, passes: list[list[int]]) -> Step:
         """One optimiser step over these rows; none where the loss or a gradient is not finite."""
-        self.model.train()
+        train_mode(self.model, self.config.base_dropout)
         result = self._gradients(passes)
         if result.finite:
             self._note_live()
@@ -282,7 +284,9 @@ class Loop:
         """Measure, and save what is to be kept; the generators are left as they were."""
         rng = checkpoint.capture_rng(self.train_rows.device)
         began = time.perf_counter()
+        give_back()
         metrics, answers = measure(self.model, self.held, self.config.eval_batch_size)
+        give_back()
         seconds = self.progress.eval_seconds + time.perf_counter() - began
         self.progress = replace(self.progress, eval_seconds=seconds)
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +176,10 @@ def describe_data(examples: Examples) -> dict[str, Any]:
     }
 
 
-def surroundings(device: torch.device, dtype: str, reason: str) -> dict[str, Any]:
-    """The code, library versions and hardware of this process."""
+def surroundings(
+    device: torch.device, dtype: str, reason: str, packed: Collection[str] = ()
+) -> dict[str, Any]:
+    """The code, library versions and hardware of this process, and which layers were packed."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn")
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -196,6 +198,7 @@ def surroundings(device: torch.device, dtype: str, reason: str) -> dict[str, Any
             "device_type": device.type,
             "dtype": dtype,
             "dtype_reason": reason,
+            "packed": list(packed),
             "system": f"{platform.system()} {platform.machine()}",
         },
     }

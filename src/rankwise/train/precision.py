@@ -74,7 +74,7 @@ def choose_dtype(name: str, device: torch.device, width: int, frozen: bool) -> C
     if device.type == "mps":
         return Choice(torch.float32, "the safe choice on mps")
     single, half = _seconds(torch.float32, width), _seconds(torch.bfloat16, width)
-    reason = f"measured here: bfloat16 takes {half / single:.2f} of float32's time"
+    reason = f"measured here: bfloat16 takes {half / single:.2g} times as long as float32"
     return Choice(torch.bfloat16 if half < 0.9 * single else torch.float32, reason)
 
 

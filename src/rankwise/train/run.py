@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rankwise.attaching import attachment, updates_of
 from rankwise.errors import RankwiseError, UserError
 from rankwise.io.adapters import save_adapter
 from rankwise.io.files import write_text
-from rankwise.layers import Offset
+from rankwise.layers import Offset, restore_frozen
 from rankwise.merging import check_effect
 from rankwise.methods.full import Full
 from rankwise.train import answers as row_answers
@@ -26,14 +27,15 @@ from rankwise.train.answers import Answers, write_answers
 from rankwise.train.config import FitConfig, dump_config
 from rankwise.train.evaluate import Rows
 from rankwise.train.folder import claim, refuse_used
+from rankwise.train.frozen_cache import serving
 from rankwise.train.loop import Diverged, Loop
 from rankwise.train.memory import PeakMemory
 from rankwise.train.metrics import main_metric
 from rankwise.train.model import Base, class_names, load_base, load_config
-from rankwise.train.precision import Choice, choose_device
+from rankwise.train.precision import choose_device
 from rankwise.train.reporter import Reporter, Silent
 from rankwise.train.resume import refuse_changes, refuse_other_device
-from rankwise.train.setup import Data, in_order, listed, load_data, prepare
+from rankwise.train.setup import Data, Prepared, in_order, listed, load_data, prepare
 from rankwise.train.signals import Interrupted
 
 __all__ = ["FitResult", "fit", "seed_everything"]
@@ -139,14 +141,14 @@ def _fit(
     memory: PeakMemory,
     watcher: Reporter,
 ) -> FitResult:
-    model, train_rows, held_rows, choice = prepare(config, data, base, device, before, watcher)
-    manifest = _manifest(config, data, base, model, metric, device, choice)
+    made = prepare(config, data, base, device, before, watcher)
+    model = made.model
+    manifest = _manifest(config, data, base, metric, device, made)
     if before is not None:
         refuse_changes(before, manifest)
     record.write(folder, manifest)
     try:
-        rows = train_rows, held_rows
-        _train(config, folder, manifest, model, rows, memory, watcher, resume=before is not None)
+        _train(config, folder, manifest, made, memory, watcher, resume=before is not None)
     except BaseException as error:
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         manifest["status"] = "interrupted" if stopped else "failed"
@@ -156,6 +158,7 @@ def _fit(
         with contextlib.suppress(RankwiseError):  # a full disk, say, is what is being reported
             record.write(folder, manifest)
         raise
+    restore_frozen(model)
     return FitResult(folder, manifest, model, base.tokenizer)
 
 
@@ -163,8 +166,7 @@ def _train(
     config: FitConfig,
     folder: Path,
     manifest: dict[str, Any],
-    model: nn.Module,
-    rows: tuple[Rows, Rows],
+    made: Prepared,
     memory: PeakMemory,
     watcher: Reporter,
     *,
@@ -172,25 +174,18 @@ def _train(
 ) -> None:
     """Train, save what was learned, and write the results into the manifest."""
     write_text(folder / "config.yaml", dump_config(config))
-    adapter = folder / "adapter"
+    adapter, model = folder / "adapter", made.model
 
     def keep(answers: Answers) -> None:
         _save(model, adapter, config)
         evaluation = manifest["data"]["eval"]["fingerprint"]
         write_answers(folder / row_answers.NAME, answers, evaluation)
 
-    loop = Loop(
-        model,
-        *rows,
-        config,
-        manifest["metric"],
-        folder,
-        keep,
-        watcher,
-    )
-    if resume:
-        loop.resume()
-    progress = loop.run()
+    with _rows(config, folder, made, watcher) as rows:
+        loop = Loop(model, *rows, config, manifest["metric"], folder, keep, watcher)
+        if resume:
+            loop.resume()
+        progress = loop.run()
     if config.select == "best":
         _save(model, folder / "last", config)
     manifest |= {
@@ -203,9 +198,22 @@ def _train(
         "memory": memory.record(),
         "artifact_bytes": sum(f.stat().st_size for f in adapter.rglob("*") if f.is_file()),
     }
-    _refuse_idle(loop, model, rows[1])
+    _refuse_idle(loop, model, made.held)
     manifest["status"] = "finished"
     record.write(folder, manifest)
+
+
+@contextlib.contextmanager
+def _rows(
+    config: FitConfig, folder: Path, made: Prepared, watcher: Reporter
+) -> Generator[tuple[Rows, Rows]]:
+    """The rows, with what the frozen layers give for them where that is to be kept."""
+    if not config.cache:
+        yield made.train, made.held
+        return
+    limit, size = 1e9 * config.cache, config.eval_batch_size
+    with serving(made.model, made.train, made.held, folder, size, limit, watcher) as rows:
+        yield rows
 
 
 def seed_everything(seed: int) -> None:
@@ -219,13 +227,12 @@ def _manifest(
     config: FitConfig,
     data: Data,
     base: Base,
-    model: nn.Module,
     metric: str,
     device: torch.device,
-    choice: Choice,
+    made: Prepared,
 ) -> dict[str, Any]:
     name, options = record.method_record(config)
-    done = attachment(model)
+    done = attachment(made.model)
     return {
         "format": 1,
         "name": name,
@@ -238,7 +245,7 @@ def _manifest(
         "label_names": list(data.train.label_names),
         "metric": metric,
         "metrics": {},
-        "counts": record.counts(model),
+        "counts": record.counts(made.model),
         "seconds": {"train": 0.0, "eval": 0.0},
         "memory": None,
         "artifact_bytes": 0,
@@ -248,7 +255,7 @@ def _manifest(
         },
         "base": {"source": base.source, "fingerprint": base.fingerprint},
         "notes": [*data.notes, *done.notes],
-        **record.surroundings(device, choice.name, choice.reason),
+        **record.surroundings(device, made.choice.name, made.choice.reason, packed=made.packed),
     }
 
 

@@ -34,12 +34,14 @@ from rankwise.methods.lora import LoRA
 from rankwise.methods.prefix import PrefixTuning
 from rankwise.train.config import FitConfig
 from rankwise.train.evaluate import Rows, batch_loss
+from rankwise.train.frozen import pack_frozen
 from rankwise.train.model import Base, fresh_modules, recompute_activations
 from rankwise.train.precision import Choice, cast_frozen, choose_dtype
 from rankwise.train.reporter import Reporter
 
 __all__ = [
     "Data",
+    "Prepared",
     "column_names",
     "equip",
     "in_order",
@@ -61,6 +63,24 @@ class Data:
     train: Examples
     held: Examples
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains, and on what.
+
+    Attributes:
+        model: with its method attached, on its device in its number format.
+        train, held: encoded rows.
+        choice: the number format.
+        packed: names of the frozen layers whose weight is packed.
+    """
+
+    model: nn.Module
+    train: Rows
+    held: Rows
+    choice: Choice
+    packed: tuple[str, ...]
 
 
 def column_names(config: FitConfig) -> ColumnNames:
@@ -236,7 +256,7 @@ def prepare(
     device: torch.device,
     before: Mapping[str, Any] | None,
     watcher: Reporter,
-) -> tuple[nn.Module, Rows, Rows, Choice]:
+) -> Prepared:
     """The model with its method, on its device in its number format, and the encoded rows.
 
     ``before`` is the manifest of the run that goes on, whose number format is kept.
@@ -258,7 +278,12 @@ def prepare(
         watcher.note(f"{config.init}: looking at {seen:,} of the training rows.")
         model.to(device)
     choice = equip(config, base, device, before, watcher, rows[0])
-    return model.to(device), rows[0], rows[1], choice
+    model.to(device)
+    packed: tuple[str, ...] = ()
+    if config.pack == "auto" and config.method != "full":
+        lengths = rows[0].encoded.lengths
+        packed = pack_frozen(model, lengths, config.batch_size, before, watcher)
+    return Prepared(model, rows[0], rows[1], choice, packed)
 
 
 def equip(

@@ -20,10 +20,10 @@ from rankwise.train.model import Base, class_names, load_base, load_config
 from rankwise.train.precision import choose_device
 from rankwise.train.predict import examples_of_file
 from rankwise.train.reporter import Reporter, Silent
-from rankwise.train.restore import restore
-from rankwise.train.setup import Data, column_names, in_order, longest_input
+from rankwise.train.restore import Restored, restore
+from rankwise.train.setup import Data, column_names, in_order, load_data, longest_input
 
-__all__ = ["Bench", "Quality", "bench_of_model", "bench_of_run"]
+__all__ = ["Bench", "Quality", "bench_of_model", "bench_of_run", "bench_of_tuning"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,25 @@ def bench_of_run(
     detach(restored.base.model)
     examples = examples_of_file(restored, data)
     return _bench(restored.base, examples, restored.config, restored.manifest["metric"], reporter)
+
+
+def bench_of_tuning(restored: Restored, reporter: Reporter | None = None) -> Bench:
+    """The base of a run, bare again, and the rows that were held out of its training.
+
+    Raises:
+        UserError: the run had rows of its own to evaluate on, or its data have changed since.
+    """
+    config, manifest = restored.config, restored.manifest
+    if config.eval is not None:
+        raise UserError("The run was evaluated on a file of its own; nothing was held out of it.")
+    held = in_order(load_data(config), manifest["label_names"]).held
+    if held.fingerprint != manifest["data"]["eval"]["fingerprint"]:
+        raise UserError(
+            f"The rows of '{config.data}' are not what they were when '{config.out}' was trained. "
+            "Put them back, or name another --out."
+        )
+    detach(restored.base.model)
+    return _bench(restored.base, held, config, manifest["metric"], reporter)
 
 
 def bench_of_model(

@@ -43,6 +43,14 @@ def test_the_page_shows_every_figure_with_its_numbers(compared, parse):
     assert "http" not in compared.report.read_text("utf-8").replace("http-equiv", "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
+def test_a_browser_shows_the_page_whole(compared, shown_whole, width, scheme):
+    light_or_dark = f"--blink-settings=preferredColorScheme={scheme}"
+    shown_whole(compared.report, FIGURES, width, light_or_dark)
+
+
 def test_the_page_says_how_the_rates_were_chosen(compared, parse):
     text = parse(compared.report).text
     assert "Of the training rows 10 were set aside for it" in text

@@ -70,6 +70,27 @@ def test_it_grows_by_what_is_new(compared, tmp_path, witness):
     assert witness.notes[0].startswith("3 of 15 runs are left, searches included; 1 at a time")
 
 
+def test_a_clone_that_kept_the_records_alone_goes_on(compared, tmp_path):
+    folder = tmp_path / "clone"
+    left_out = shutil.ignore_patterns("data", "logs", "adapter", "config.yaml", "*.lock")
+    shutil.copytree(compared.pinned.folder, folder, ignore=left_out, copy_function=shutil.copy2)
+    before = stamps(folder)
+    again = run_compare(folder, {}, {})
+    assert again.report.read_bytes() == compared.report.read_bytes()
+    assert not (folder / "data").exists()  # nothing had to run
+    path = next((folder / "runs").glob("head-*-seed1")) / "manifest.json"
+    tree = json.loads(path.read_text())
+    scores = tree["metrics"]
+    del tree["config"]["save_minutes"]  # as a version without that option would have left it
+    path.write_text(json.dumps(tree | {"status": "running"}))
+    run_compare(folder, {}, {}, jobs=1)
+    after = stamps(folder)
+    assert {name for name in after if after[name] != before[name]} == {
+        str(path.relative_to(folder))
+    }
+    assert json.loads(path.read_text())["metrics"] == pytest.approx(scores)
+
+
 def test_what_cannot_be_compared_is_told_before_anything_runs(given, tmp_path):
     with pytest.raises(UserError) as caught:
         run_compare(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rankwise.errors import (
     ArtifactError,
     EnvironmentFault,
@@ -162,7 +164,8 @@ class _State:
 
     def train(self, jobs: int) -> None:
         """Train until nothing is left."""
-        threads = max(1, cores() // jobs)
+        # torch's own number holds as a limit, so that OMP_NUM_THREADS does
+        threads = min(torch.get_num_threads(), max(1, cores() // jobs))
         work = self.work
         self.watcher.note(
             f"{work.count - len(self.outcomes)} of {words.count(work.count, 'run')} are left, "

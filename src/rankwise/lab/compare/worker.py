@@ -110,7 +110,9 @@ def _settle_in(task: Task) -> None:
 def _fit(task: Task, pipe: Connection) -> None:
     """Train the run, or go on with it, and keep of it what is asked."""
     folder = Path(task.config.out)
-    begun = (folder / record.NAME).exists()
+    begun = _can_go_on(folder, task.config)
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
     result = fit(task.config, resume=begun, reporter=_Sender(pipe))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     thin_log(folder / EVENTS)
@@ -118,6 +120,17 @@ def _fit(task: Task, pipe: Connection) -> None:
         shutil.rmtree(folder / "adapter", ignore_errors=True)
     elif task.config.method == "lora":
         files.write_json(folder / SPECTRA, _spectra(result))
+
+
+def _can_go_on(folder: Path, config: FitConfig) -> bool:
+    """Whether a run was begun here that can be continued rather than begun again.
+
+    It has a checkpoint, which a folder that came with a clone has not, and was begun by a version
+    that has the same options.
+    """
+    if not (folder / record.NAME).exists() or not (folder / "checkpoints").is_dir():
+        return False
+    return record.read_manifest(folder)["config"].keys() == config.model_dump().keys()
 
 
 def thin_log(path: Path, most: int = 200) -> None:

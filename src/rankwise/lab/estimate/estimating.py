@@ -18,6 +18,11 @@ from rankwise.train.reporter import Reporter, Silent
 
 __all__ = ["MOST_ROWS", "Budget", "Estimate", "estimate", "largest"]
 
+KEPT = 0.3
+"""What glibc's heap keeps of freed memory while a step runs, as a share of what comes and goes.
+
+It is no law: benchmarks/estimate.py prints what it was in a few runs.
+"""
 MOST_ROWS = 1 << 16
 """No larger batch is looked for."""
 

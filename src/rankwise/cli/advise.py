@@ -1,0 +1,77 @@
+"""`rankwise advise`: which rank a task needs, by one probe and what can be cut from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.cli.console import make_reporter, table
+from rankwise.cli.options import given, with_options
+
+__all__ = ["command"]
+
+_LORA = (
+    *("alpha", "target_modules", "exclude_modules", "layers", "dropout", "init", "bias", "head"),
+    *("modules_to_save", "out", "metric", "eval_batch_size", "save_minutes", "keep_checkpoints"),
+)
+
+
+@with_options(groups=("Model", "Data", "Training"), names=_LORA)
+def command(
+    *,
+    r: Annotated[
+        int | None, typer.Option(min=2, help="Rank of the probe; 32 when not given.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="YAML file with the options of fit; flags win over it.", metavar="FILE"),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Find the smallest rank that is as good as a generous one, and print a config for it.
+
+    A probe of a generous rank is trained on a part of the training rows. Its singular values say
+    what can be cut; the cuts are tried on the rest of the training rows, once with one rank for all
+    layers and once with ranks chosen layer by layer. The smallest that is as good as the probe, by
+    a paired bootstrap over the rows, is advised. Rows of --eval choose nothing.
+
+    Example: rankwise advise --model bert-base-uncased --data train.tsv --out runs/advice
+    """
+    from rankwise.errors import UserError
+    from rankwise.lab.advising import CONFIG, REPORT, TRIMMED, Advise, advise, summary
+    from rankwise.train.config import read_config
+
+    values = {} if config is None else read_config(config)
+    values |= given(options) | ({} if r is None else {"r": r})
+    if config is not None and r is None:
+        values.pop("r", None)  # the rank of the file is what is looked for
+    if "out" not in values:
+        raise UserError("Name the folder of the advice: --out FOLDER")
+    wanted = Advise(values)
+    advice = advise(wanted, make_reporter())
+    rows = [
+        [
+            t.kind,
+            str(t.rank),
+            f"{t.parameters:,}",
+            f"{100 * t.error:.1f} %",
+            f"{t.score:.4f}",
+            f"{t.lost:+.4f}",
+            f"{t.low:+.4f} to {t.high:+.4f}",
+            "yes" if t.enough else "no",
+        ]
+        for t in sorted(advice.trials, key=lambda t: (t.kind, t.parameters))
+    ]
+    head = ["ranks", "r", "parameters", "error", advice.metric, "lost", "95 %", "enough"]
+    print(table(head, rows))
+    print()
+    for sentence in summary(advice):
+        print(sentence)
+    print()
+    print((wanted.out / CONFIG).read_text(encoding="utf-8"))
+    print(f"config:  {wanted.out / CONFIG}")
+    if advice.chosen is not None:
+        print(f"adapter: {wanted.out / TRIMMED} (the probe, cut to these ranks)")
+    print(f"report:  {wanted.out / REPORT}")
+    print(f"next: rankwise fit --config {wanted.out / CONFIG}")

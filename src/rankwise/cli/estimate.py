@@ -1,0 +1,104 @@
+"""`rankwise estimate`: the memory that training needs, from the config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rankwise.cli.console import make_reporter, table
+from rankwise.cli.options import given, with_options
+from rankwise.errors import UserError
+
+if TYPE_CHECKING:
+    from rankwise.lab.estimate import Estimate
+
+__all__ = ["command"]
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {f"{prefix}i": 1024**n for n, prefix in enumerate("kmgt", 1)}
+
+
+@with_options(
+    groups=("Method",),
+    names=(
+        *("revision", "task", "dtype", "device", "max_length"),
+        *("batch_size", "accumulate", "gradient_checkpointing", "eval_batch_size"),
+    ),
+)
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a transformers model, its config.json, or its name on a hub.",
+            metavar="CONFIG_OR_MODEL",
+        ),
+    ],
+    *,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Memory to fit in, such as 8GiB or 500MB.", metavar="SIZE"),
+    ] = None,
+    labels: Annotated[int, typer.Option(min=1, help="Classes of a classification head.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    **options: Any,
+) -> None:
+    """Estimate the memory that training needs, and the largest batch within a budget.
+
+    A training step and an evaluation pass run as rankwise fit would run them, on tensors that have
+    shapes and no data; what is alive at once is added up. No weight is loaded.
+
+    Example: rankwise estimate bert-base-uncased --batch-size 16 --max-length 256 --budget 8GiB
+    """
+    from rankwise.train.config import make_config
+
+    room = None if budget is None else _bytes(budget)
+    values = {"model": model, "data": "", "out": "", **given(options)}
+    settings = make_config(values, "The options of rankwise estimate")
+    from rankwise.lab.estimate import estimate
+
+    made = estimate(settings, labels, room, make_reporter())
+    if as_json:
+        tree = dataclasses.asdict(made) | {"phases": made.phases, "peak": made.peak}
+        print(json.dumps(tree, indent=2))
+    else:
+        print(_text(made))
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b\s*", text, re.IGNORECASE)
+    if found is None or not (size := int(float(found[1]) * _UNITS.get(found[2].lower(), 0))):
+        raise UserError(
+            f"--budget '{text}' is no amount of memory. Give a number and a unit: 8GiB, 24GB, "
+            "500MB."
+        )
+    return size
+
+
+def _text(made: Estimate) -> str:
+    from rankwise.lab.words import count, size
+
+    whole = size(made.gradients)
+    about = {
+        "gradients": f"those made by then, of {whole} that all take",
+        "activations": "kept for backward, and what an operation works on",
+        "logits and loss": "the output layer and the loss",
+    }
+    rows = [[name, size(part), about.get(name, "")] for name, part in made.step.items()]
+    rows.append(["together", size(sum(made.step.values())), "at the peak of a training step"])
+    outside = [["process", size(made.overhead), "Python and the libraries"]] if made.overhead else []
+    if made.kept:
+        outside.append(["allowance", size(made.kept), "freed memory that the C library keeps"])
+    phases = [[name, size(peak)] for name, peak in made.phases.items() if peak > made.overhead]
+    method = f"{made.method}, base in {made.dtype}, on {made.device}"
+    shape = f"passes of {count(made.batch, 'row')} of {count(made.length, 'token')}"
+    parts = [
+        f"{made.model}, {made.task}: {method}; {shape}, evaluated by {made.eval_batch}.",
+        _table(["part", "bytes", ""], [*rows, *outside]),
+        _table(["phase", "peak"], phases),
+        f"Peak: {size(made.peak)} ({max(made.phases, key=lambda name: made.phases[name])}).",
+    ]
+    return "\n\n".join([*parts, *_verdict(made), *made.notes, _LEFT_OUT[made.device == "cuda"]])

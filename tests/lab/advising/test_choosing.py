@@ -1,0 +1,116 @@
+"""Tasks with a planted rank: the search finds it, for every rank and seed, noise or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from planted import RANKS, SEEDS, R, learned, planted
+from rankwise.lab.advising import bootstrap
+from rankwise.lab.advising.choosing import Judge, search
+from rankwise.lab.advising.records import EVERY_LAYER, PER_LAYER, Trial, smallest
+from rankwise.lowrank import Factors
+from rankwise.spectrum import Layer, Spectrum, Top, spectrum
+from rankwise.train.answers import Answers
+from rankwise.train.trying import Quality
+
+ROWS = 64
+
+
+def quality(losses: Tensor) -> Quality:
+    n = len(losses)
+    answers = Answers(np.arange(n), losses.double().numpy(), np.ones(n, dtype=np.int64))
+    return Quality({"loss": float(answers.losses.mean())}, answers)
+
+
+class Task:
+    """Layers side by side: what is left of each one's target, added up, is the loss of a row."""
+
+    def __init__(self, parts: list[tuple[Tensor, Tensor, Factors]]) -> None:
+        self.parts = {f"layer.{i}": part for i, part in enumerate(parts)}
+        self.whole = {name: f.truncate(R) for name, (_, _, f) in self.parts.items()}
+        self.layers = {
+            name: Layer(spectrum(f), f.count() // f.r) for name, (_, _, f) in self.parts.items()
+        }
+
+    def tried(self, ranks: Mapping[str, int]) -> Quality:
+        total = torch.zeros(ROWS)
+        for name, (x, y, _) in self.parts.items():
+            A, B = self.whole[name].A[: ranks[name]], self.whole[name].B[:, : ranks[name]]
+            total = total + (y - x @ A.T @ B.T).square().sum(dim=1)
+        return quality(total)
+
+    def trials(self, kinds: Iterable[str] = (EVERY_LAYER, PER_LAYER)) -> list[Trial]:
+        whole = self.tried(dict.fromkeys(self.parts, R))
+        judge = Judge("loss", whole, self.tried(dict.fromkeys(self.parts, 0)))
+        assert judge.gained
+        found: list[Trial] = []
+        for trial in search(self.layers, R, judge, self.tried):
+            if trial.kind not in kinds:
+                break
+            found.append(trial)
+        return found
+
+
+def tasks(ranks: list[tuple[int, int]], noise: float) -> list[tuple[Tensor, Tensor, Factors]]:
+    """For each rank and seed: rows that nothing was trained on, and what gradients learned."""
+    made = [planted(k, seed, noise) for k, seed in ranks]
+    own = [(x[ROWS:], y[ROWS:]) for x, y in made]
+    A, B = learned(*(torch.stack(parts) for parts in zip(*own, strict=True)))
+    return [
+        (x[:ROWS], y[:ROWS], Factors(a, b, 1.0)) for (x, y), a, b in zip(made, A, B, strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_planted_rank_is_the_smallest_that_is_enough(
+    noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "DRAWS", 200)
+    pairs = [(k, seed) for k in RANKS for seed in SEEDS]
+    wrong: list[tuple[int, int, int | None]] = []
+    for (k, seed), part in zip(pairs, tasks(pairs, noise), strict=True):
+        found = smallest(Task([part]).trials([EVERY_LAYER]))
+        if found is None or found.size != k:
+            wrong.append((k, seed, None if found is None else found.size))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_layers_of_different_rank_get_each_its_own(seed: int) -> None:
+    planted_ranks = [2, 7, 1]
+    task = Task(tasks([(k, seed) for k in planted_ranks], 0.1))
+    trials = task.trials()
+    same = smallest([t for t in trials if t.kind == EVERY_LAYER])
+    own = smallest([t for t in trials if t.kind == PER_LAYER])
+    assert same is not None
+    assert own is not None
+    assert same.size == 7
+    assert list(own.ranks.values()) == planted_ranks
+    assert own.parameters < same.parameters
+
+
+def test_a_loss_that_is_sure_but_tiny_counts_as_none() -> None:
+    draw = np.random.default_rng(0)
+    rows = torch.from_numpy(draw.normal(5, 1, ROWS))
+    judge = Judge("loss", quality(rows), quality(rows + 1))
+    cut = Top(1).allocate({"a": Layer(Spectrum((1.0, 0.5)), 1)})
+    tiny, real = (judge.trial(EVERY_LAYER, 1, cut, quality(rows + more)) for more in (0.009, 0.02))
+    assert tiny.low > 0
+    assert tiny.enough
+    assert not real.enough
+
+
+def test_a_small_cut_is_not_believed_where_a_larger_one_fails() -> None:
+    def trial(size: int, enough: bool) -> Trial:
+        return Trial(EVERY_LAYER, size, {"a": size}, 10 * size, 0, 0, 0, 0, 0, enough)
+
+    found = smallest([trial(1, True), trial(2, False), trial(4, True), trial(8, True)])
+    assert found is not None
+    assert found.size == 4
+    assert smallest([trial(8, False)]) is None

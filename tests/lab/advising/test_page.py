@@ -1,0 +1,54 @@
+"""An advice in words: what is enough, what is not, and what the rows cannot tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rankwise.lab.advising import Advice, Trial, summary
+from rankwise.lab.advising.page import quality_by_size
+from rankwise.lab.advising.records import EVERY_LAYER, PER_LAYER
+
+
+def trial(kind: str, size: int, parameters: int, *, lost: float, enough: bool) -> Trial:
+    ranks = {"a": size, "b": size // 2}
+    return Trial(
+        kind, size, ranks, parameters, 0.1, 0.9 - lost, lost, lost - 0.01, lost + 0.01, enough
+    )
+
+
+@pytest.fixture
+def advice() -> Advice:
+    trials = (
+        trial(EVERY_LAYER, 1, 100, lost=0.1, enough=False),
+        trial(EVERY_LAYER, 2, 200, lost=0.05, enough=False),
+        trial(EVERY_LAYER, 3, 300, lost=0.0, enough=True),
+        trial(EVERY_LAYER, 4, 400, lost=0.0, enough=True),
+        trial(PER_LAYER, 6, 150, lost=0.005, enough=True),
+    )
+    return Advice("out", "accuracy", 480, 32, 3200, 0.9, 0.5, True, (2, 3, 3), trials)
+
+
+def test_the_smaller_of_both_kinds_is_advised(advice: Advice) -> None:
+    told = " ".join(summary(advice))
+    assert "accuracy 90.0 % on 480 tuning rows; without its updates it has 50.0 %." in told
+    assert "r = 3 in every layer (300 parameters) is enough" in told
+    assert "r = 2 is not enough: it loses 5.0 points (4.0 to 6.0 over other rows)." in told
+    assert "Ranks of 3 to 6, chosen layer by layer, (150 parameters) is enough" in told
+    assert "Advised: ranks by layer, 150 parameters, 4.69 % of the probe's." in told
+    assert "fall most behind k = 2 to 3, 3 in the median" in told
+
+
+def test_no_gain_and_no_cut_are_said(advice: Advice) -> None:
+    none = replace(advice, gained=False, trials=advice.trials[:2])
+    told = " ".join(summary(none))
+    assert "no more than the noise" in told
+    assert "No cut is as good as the probe" in told
+    assert "--r 64" in told
+
+
+def test_the_figure_has_every_trial(advice: Advice) -> None:
+    figure = quality_by_size(advice)
+    assert len(figure.rows) == 5
+    assert {row[8] for row in figure.rows} == {"True", "False"}

@@ -1,0 +1,72 @@
+"""The frozen part in training: its dropout, and packing that a run keeps when it goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+from rankwise.kernels import can_pack
+from rankwise.layers import LowRank, is_packed
+from rankwise.train.config import FitConfig
+from rankwise.train.frozen import pack_frozen, train_mode
+from rankwise.train.reporter import Silent
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.5)
+        self.out = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.dropout(self.query(x)))
+
+
+def adapted() -> Model:
+    model = Model()
+    rw.attach(
+        model,
+        rw.LoRA(
+            2, 4, target_modules=["query"], head="freeze", modules_to_save=["out"], dropout=0.1
+        ),
+    )
+    return model
+
+
+def test_the_base_is_quiet_and_what_trains_is_not() -> None:
+    model = adapted()
+    train_mode(model, base_dropout=False)
+    modes = {name: module.training for name, module in model.named_modules()}
+    loud = {name for name, training in modes.items() if training}
+    assert loud == {"query.updates.default", "out", "out.0", "out.1"}
+    assert any(isinstance(m, LowRank) and m.training for m in model.modules())
+    train_mode(model, base_dropout=True)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_run_that_goes_on_packs_the_same_layers() -> None:
+    if not can_pack(torch.zeros(1, 1)):  # pragma: no cover
+        pytest.skip("this torch has no oneDNN to pack weights for")
+    model = adapted().requires_grad_(False)
+    names = pack_frozen(model, [3, 5], 4, {"hardware": {"packed": ["query.base_layer"]}}, Silent())
+    assert names == ("query.base_layer",)
+    assert [n for n, m in model.named_modules() if is_packed(m)] == ["query.base_layer"]
+
+
+def test_the_manifest_names_what_was_packed(
+    options: Callable[..., FitConfig], tmp_path: Path
+) -> None:
+    from rankwise.train.run import fit
+
+    result = fit(options(tmp_path / "auto", max_steps=1))
+    packed = result.manifest["hardware"]["packed"]
+    linears = {n for n, m in result.model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(packed) <= linears
+    assert not any(is_packed(m) for m in result.model.modules())
+    assert (
+        fit(options(tmp_path / "no", max_steps=1, pack="no")).manifest["hardware"]["packed"] == []
+    )
