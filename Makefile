@@ -3,6 +3,7 @@
 PYTHON  ?= python3
 WORKERS ?= 2
 SHELL   := bash
+SST2    ?= ../shared/data/sst2
 VENV    := .venv
 BIN     := $(VENV)/bin
 
@@ -15,7 +16,7 @@ export PIP_BUILD_CONSTRAINT          := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format constraints clean
+.PHONY: help demo test lint bench study format constraints clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -33,6 +34,18 @@ lint: $(VENV)/.ready-dev ## check the style, the types and the rooms
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.ready-dev ## measure the costs beside PEFT's and write benchmarks/records/
+	$(BIN)/python -m benchmarks.speed --sst2 $(SST2)
+
+study: $(VENV)/.ready-demo ## run or go on with both experiments; SST2=FOLDER has train.tsv and dev.tsv
+	@mkdir -p runs
+	@ln -sfn "$$($(BIN)/python -c 'from rankwise.lab.demo import model_folder; print(model_folder())')" \
+	    runs/all-MiniLM-L6-v2
+	$(BIN)/python experiments/pydocs-minilm/rows.py
+	$(BIN)/rankwise compare --config experiments/pydocs-minilm/compare.yaml
+	$(BIN)/rankwise compare --config experiments/sst2-minilm/compare.yaml \
+	    --data $(SST2)/train.tsv --eval $(SST2)/dev.tsv
 
 format: $(VENV)/.ready-dev ## mend what can be mended by machine
 	$(BIN)/ruff check --fix .

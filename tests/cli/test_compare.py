@@ -73,7 +73,7 @@ def test_mistakes_are_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--out is required" in capsys.readouterr().err
     (tmp_path / "wrong.yaml").write_text("out: a\nmodel: m\ndata: d\nrank: 3\n")
     assert left("compare", "--config", tmp_path / "wrong.yaml") == 2
-    assert "'rank' is no option. Did you mean 'ranks'?" in capsys.readouterr().err
+    assert "'rank' is no option. Did you mean 'ranks'" in capsys.readouterr().err
     assert left("compare", "--out", tmp_path / "a", "--report-only") == 2
     assert "holds no comparison" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

@@ -35,6 +35,7 @@ def call(
         (("--energy", "0.9"), "the largest σ² over all layers"),
         (("--max-error", "0.3"), "no adapter that keeps this is smaller"),
         (("--budget", "0.2k"), "no adapter within the budget is nearer"),
+        (("--prefix", "1"), "as they were trained"),
     ],
 )
 def test_every_promise_writes_an_adapter(

@@ -243,6 +243,7 @@ def layer_check(**changes: object) -> LayerCheck:
     values = {
         "name": "a.b", "error": 1e-7, "bound": 2e-6, "effect": 0.25, "ratio": 0.05,
         "weight_ratio": 0.5, "update": 1.0, "lost": 1e-6, "finite": True,
+        "rows": 8, "of": 8, "sums": 0.0,
     }  # fmt: skip
     return LayerCheck(**{**values, **changes})
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.errors import UserError
 from rankwise.io.portable import assemble
 from rankwise.lowrank import Factors
-from rankwise.methods.trimming import cut_to, trim
+from rankwise.methods.trimming import Prefix, cut_to, trim
 from rankwise.spectrum import Budget, Energy, MaxError, Promise, Top
 
 
@@ -148,3 +149,18 @@ def test_a_bank_is_cut_as_one() -> None:
     for whole, a, b in zip(bank.delta(), found.A, found.B, strict=True):
         u, s, vh = np.linalg.svd(whole.numpy())
         np.testing.assert_allclose((b @ a).numpy(), (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_prefix_is_the_first_ranks_as_they_are(start: bool) -> None:
+    adapter = made(start=start)
+    found = trim(adapter, Prefix(2))
+    for name, f in found.adapter.factors.items():
+        whole = adapter.factors[name]
+        assert torch.equal(f.A, whole.A[:2])
+        assert torch.equal(f.B, whole.B[:, :2])
+        assert found.adapter.method.spec(name).scale == pytest.approx(whole.scale)
+    assert found.error == pytest.approx(error(adapter, found.adapter), abs=1e-6)
+    assert trim(adapter, Prefix(9)).parameters == sum(f.count() for f in adapter.factors.values())
+    with pytest.raises(UserError, match="of 1 or more"):
+        Prefix(0)

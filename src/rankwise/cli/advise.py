@@ -63,7 +63,7 @@ def command(
         ]
         for t in sorted(advice.trials, key=lambda t: (t.kind, t.parameters))
     ]
-    head = ["ranks", "r", "parameters", "error", advice.metric, "lost", "95 %", "enough"]
+    head = ["ranks", "largest r", "parameters", "error", advice.metric, "lost", "95 %", "enough"]
     print(table(head, rows))
     print()
     for sentence in summary(advice):

@@ -31,6 +31,7 @@ COMMANDS = {
     "merge": "Merge a run's adapter into its base and write a plain transformers model folder.",
     "count": "Count what every method would train on a model, without loading a weight.",
     "plan": "Show which layers a method would adapt, their r and α, and what that costs.",
+    "estimate": "Estimate the memory that training needs, and the largest batch within a budget.",
     "compare": "Train every method at every rank under one schedule, and report what differs.",
     "theory": "Train updates of every rank on a linear layer, beside the bounds that hold there.",
     "demo": "Try LoRA on a real encoder and real text, on this machine, in minutes.",

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_LEFT_OUT = {
+    "cuda": "Not in it: CUDA's context and kernels (some hundred MB), what its allocator keeps of "
+    "freed memory, and what an operation holds inside itself.",
+    "cpu": "Not in it: what an operation holds inside itself, and the rows and their tokens.",
+    "mps": "Told as for a CPU: what Metal holds besides is not in it.",
+}
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {f"{prefix}i": 1024**n for n, prefix in enumerate("kmgt", 1)}
 
@@ -81,24 +87,56 @@ def _bytes(text: str) -> int:
 def _text(made: Estimate) -> str:
     from rankwise.lab.words import count, size
 
-    whole = size(made.gradients)
-    about = {
-        "gradients": f"those made by then, of {whole} that all take",
-        "activations": "kept for backward, and what an operation works on",
-        "logits and loss": "the output layer and the loss",
+    told = {
+        "gradients": f"gradients so far, of {size(made.gradients)} that all take",
+        "activations": "activations, and what operations work on",
     }
-    rows = [[name, size(part), about.get(name, "")] for name, part in made.step.items()]
-    rows.append(["together", size(sum(made.step.values())), "at the peak of a training step"])
-    outside = [["process", size(made.overhead), "Python and the libraries"]] if made.overhead else []
-    if made.kept:
-        outside.append(["allowance", size(made.kept), "freed memory that the C library keeps"])
-    phases = [[name, size(peak)] for name, peak in made.phases.items() if peak > made.overhead]
-    method = f"{made.method}, base in {made.dtype}, on {made.device}"
+    parts = [[told.get(name, name), size(part)] for name, part in made.step.items()]
+    besides = {
+        "the process: Python and its libraries": made.overhead,
+        "freed memory that the C library keeps (a guess)": made.kept,
+    }
+    parts += [[name, size(part)] for name, part in besides.items() if part]
+    phases = [[name, size(peak)] for name, peak in made.phases.items()]
+    most = max(made.phases, key=lambda name: made.phases[name])
     shape = f"passes of {count(made.batch, 'row')} of {count(made.length, 'token')}"
-    parts = [
-        f"{made.model}, {made.task}: {method}; {shape}, evaluated by {made.eval_batch}.",
-        _table(["part", "bytes", ""], [*rows, *outside]),
-        _table(["phase", "peak"], phases),
-        f"Peak: {size(made.peak)} ({max(made.phases, key=lambda name: made.phases[name])}).",
-    ]
-    return "\n\n".join([*parts, *_verdict(made), *made.notes, _LEFT_OUT[made.device == "cuda"]])
+    return "\n\n".join(
+        [
+            f"{made.model} ({made.task}): {made.method} on {made.device}, {shape}.",
+            table(["held at the peak of a training step", "bytes"], parts),
+            table(["phase of a run", "peak"], phases),
+            f"Peak: {size(made.peak)}, in the phase: {most}.",
+            *_verdict(made),
+            *made.notes,
+            _LEFT_OUT[made.device],
+        ]
+    )
+
+
+def _verdict(made: Estimate) -> list[str]:
+    """What fits in the budget, where there is one."""
+    from rankwise.lab.words import size
+
+    budget = made.budget
+    if budget is None:
+        return []
+    fits = "fits" if budget.fits else "does not fit"
+    lines = [f"The run {fits} in {size(budget.bytes)}."]
+    steps = f"Largest --batch-size whose training steps fit: {_rows(budget.batch)}"
+    if budget.checkpointed is not None:
+        steps += f"; with --gradient-checkpointing: {_rows(budget.checkpointed)}"
+    lines.append(f"{steps}.")
+    others = {name: peak for name, peak in made.phases.items() if name != "training step"}
+    for name, peak in others.items():
+        if peak > budget.bytes:
+            how = f"; lower --eval-batch-size (now {made.eval_batch})"
+            lines.append(f"The {name} alone needs {size(peak)}{how * (name == 'evaluation')}.")
+    return ["\n".join(lines)]
+
+
+def _rows(batch: int) -> str:
+    from rankwise.lab.estimate import MOST_ROWS
+
+    if batch == 0:
+        return "none, not even 1"
+    return f"{batch:,}" + " or more" * (batch == MOST_ROWS)

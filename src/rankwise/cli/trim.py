@@ -12,6 +12,7 @@ from rankwise.cli.console import make_reporter, table
 
 if TYPE_CHECKING:
     from rankwise.io.trimming import TrimmedFolder
+    from rankwise.methods.trimming import Prefix
     from rankwise.spectrum import Promise
 
 __all__ = ["command"]
@@ -36,6 +37,10 @@ def command(
         str | None,
         typer.Option(help="Most parameters in A and B, such as 100k.", metavar="NUMBER"),
     ] = None,
+    prefix: Annotated[
+        int | None,
+        typer.Option(help="The first ranks of every layer, of a run with --train-nested."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Labelled rows to measure the change of the metric on.", metavar="FILE"),
@@ -56,14 +61,14 @@ def command(
 ) -> None:
     """Cut an adapter to the smallest one that keeps a promise, and say what it costs.
 
-    One of --r, --energy, --max-error and --budget is the promise. The ranks of all layers are
-    chosen together by their singular values; the table has the predicted error of each. With
+    One of --r, --energy, --max-error, --budget and --prefix says what is kept. The ranks of all
+    layers are chosen together by their singular values; the table has the error of each. With
     --data both adapters are also run on these rows, and the change of the metric is told beside its
     noise. The result is a folder in PEFT's format.
 
     Example: rankwise trim runs/first --energy 0.99 --data dev.tsv --out trimmed
     """
-    promise = _promise(r, energy, max_error, budget)
+    promise = _promise(r, energy, max_error, budget, prefix)
     from rankwise.io.convert import Wishes
     from rankwise.io.loralib import Unsaid
     from rankwise.io.trimming import trim_adapter
@@ -80,22 +85,28 @@ def command(
 
 
 def _promise(
-    r: int | None, energy: float | None, max_error: float | None, budget: str | None
-) -> Promise:
+    r: int | None,
+    energy: float | None,
+    max_error: float | None,
+    budget: str | None,
+    prefix: int | None,
+) -> Promise | Prefix:
     from rankwise.errors import UserError
+    from rankwise.methods.trimming import Prefix
     from rankwise.spectrum import Budget, Energy, MaxError, Top
 
-    given = {"--r": r, "--energy": energy, "--max-error": max_error, "--budget": budget}
+    words = ("--r", "--energy", "--max-error", "--budget", "--prefix")
+    given = dict(zip(words, (r, energy, max_error, budget, prefix), strict=True))
     named = [flag for flag, value in given.items() if value is not None]
     if len(named) != 1:
         told = " and ".join(named) or "nothing"
-        raise UserError(
-            f"Say what to keep by one of --r, --energy, --max-error and --budget; got {told}."
-        )
+        raise UserError(f"Say what to keep by one of {', '.join(words)}; got {told}.")
     if r is not None:
         return Top(r)
     if energy is not None:
         return Energy(energy)
+    if prefix is not None:
+        return Prefix(prefix)
     if max_error is not None:
         return MaxError(max_error)
     return Budget(_number(budget or ""))
@@ -110,7 +121,7 @@ def _number(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _show(made: TrimmedFolder, promise: Promise) -> None:
+def _show(made: TrimmedFolder, promise: Promise | Prefix) -> None:
     cuts = made.trimmed.cuts
     worst = sorted(cuts, key=lambda name: cuts[name].predicted, reverse=True)
     rows = [
@@ -130,11 +141,14 @@ def _show(made: TrimmedFolder, promise: Promise) -> None:
         print(note)
 
 
-def _how(made: TrimmedFolder, promise: Promise) -> str:
+def _how(made: TrimmedFolder, promise: Promise | Prefix) -> str:
     """How the ranks were chosen, and how far from the best that may be."""
+    from rankwise.methods.trimming import Prefix
     from rankwise.spectrum import Budget, Top
 
     chosen = made.trimmed.allocation
+    if isinstance(promise, Prefix):
+        return "Ranks: the first of each layer, as they were trained; meant for --train-nested."
     if isinstance(promise, Top):
         return "Ranks: the largest singular values of each layer, which is the best of that rank."
     costs = {f.count() // f.r for f in made.before.factors.values()}

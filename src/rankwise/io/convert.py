@@ -204,7 +204,8 @@ def _reader(to: str, wishes: Wishes) -> Reader | None:
 
 def _known(option: str, word: str, words: Mapping[str, object]) -> None:
     if word not in words:
-        raise UserError(f"{option} (--{option}) must be one of {', '.join(words)}.{nearest(word, words)}")
+        listed = ", ".join(words)
+        raise UserError(f"{option} (--{option}) must be one of {listed}.{nearest(word, words)}")
 
 
 def _model(component: str | None) -> str | None:

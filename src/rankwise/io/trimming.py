@@ -11,7 +11,7 @@ from rankwise.io.convert import Wishes, read_any, refuse_place
 from rankwise.io.holding import FORMATS, demand
 from rankwise.io.peft_alone import write_peft_alone
 from rankwise.io.portable import Portable
-from rankwise.methods.trimming import Trimmed, trim
+from rankwise.methods.trimming import Prefix, Trimmed, trim
 from rankwise.spectrum import Promise
 
 __all__ = ["TrimmedFolder", "trim_adapter"]
@@ -34,7 +34,7 @@ class TrimmedFolder:
 
 def trim_adapter(
     path: str | os.PathLike[str],
-    promise: Promise,
+    promise: Promise | Prefix,
     out: str | os.PathLike[str],
     wishes: Wishes | None = None,
 ) -> TrimmedFolder:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from rankwise.errors import RankwiseError
 
+_transforms = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
+_tracing = torch._C._is_tracing  # pyright: ignore[reportPrivateUsage]
+
 __all__ = ["Branch", "Frozen", "adapted_linear", "can_fuse"]
+
+
+_FEW = 32  # rows
 
 
 class Frozen(Protocol):
@@ -43,21 +49,18 @@ def can_fuse(x: Tensor, weight: Tensor) -> bool:
         and x.dtype.is_floating_point
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+        and not _transforms()
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
-        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and not _tracing()
     )
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """One low-rank update of a linear layer: s · D(x) Aᵀ Bᵀ, for all outputs or a block of them.
 
-    Attributes:
-        A, B: (r, in) and (out, r), or (block, r).
-        scale: s.
-        dropout: probability of zeroing an input of the branch.
-        block: first output and the one after the last; None for all.
+    ``A`` is (r, in) and ``B`` (out, r), or (block, r); ``scale`` is s; ``dropout`` the probability
+    of zeroing an input of the branch; ``block`` the first output and the one after the last, or
+    None for all.
     """
 
     A: Tensor
@@ -67,8 +70,8 @@ class Branch:
     block: tuple[int, int] | None = None
 
     def part(self, y: Tensor) -> Tensor:
-        """The outputs that this is for, of y (N, out); a view."""
-        return y if self.block is None else y[:, slice(*self.block)]
+        """The outputs that this is for, of y (..., out); a view."""
+        return y if self.block is None else y[..., slice(*self.block)]
 
 
 def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Tensor:
@@ -88,9 +91,23 @@ def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Ten
     Derivatives of derivatives go through the same formulas.
     """
     if not torch.is_grad_enabled():
-        return _sum(frozen, x, branches)[0]
+        few = x.numel() <= _FEW * x.shape[-1] and len(branches) == 1
+        return _few(frozen, x, *branches) if few else _sum(frozen, x, branches)[0]
     factors = [factor for branch in branches for factor in (branch.A, branch.B)]
     return _AdaptedLinear.apply(x, frozen, tuple(branches), *factors)
+
+
+def _few(frozen: Frozen, x: Tensor, branch: Branch) -> Tensor:
+    """y without gradients, for so few rows that the calls cost more than the products."""
+    A, B, scale, dropout, _ = branch
+    y = frozen.forward(x)
+    if dropout > 0.0:
+        x = F.dropout(x, dropout)
+    if A.dtype is not x.dtype:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    down = F.linear(x.reshape(-1, x.shape[-1]), A)
+    branch.part(y.view(-1, y.shape[-1])).addmm_(down, B.T, alpha=scale)
+    return y
 
 
 def _sum(

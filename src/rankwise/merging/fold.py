@@ -32,6 +32,8 @@ from rankwise.layers import (
 from rankwise.merging.blocks import BLOCK, held, sum_of
 from rankwise.merging.certificate import Certificate, certify
 from rankwise.merging.effect import Probe, full_float32, instead
+from rankwise.merging.rounding import check_name
+from rankwise.merging.sample import settle
 from rankwise.targets import Site, shared_weights, sites
 
 __all__ = ["MergeError", "merge", "merged", "unmerge"]
@@ -64,7 +66,10 @@ def merge(model: nn.Module, *, keep: bool = True, probe: Probe | None = None) ->
     module's weight, that module keeps W0 (``Certificate.untied`` names both), unless the update is
     on both. A quantised layer that only stores its weight in fewer bits becomes a plain one in the
     dtype in which it computes; W0 is then what its numbers stand for. Trained copies, such as the
-    head, stay where they are. The certificate is made before anything is changed.
+    head, stay where they are. The certificate is made before anything is changed. Of weights with
+    more than 2^18 numbers it compares some rows number by number, and all in sums over short runs;
+    without ``keep`` the sums are made as each W' is written, before its W0 is given up, and a W'
+    that does not hold them is computed anew in float64.
 
     Args:
         model: what :func:`rankwise.attach` was called on.
@@ -100,7 +105,7 @@ def merge(model: nn.Module, *, keep: bool = True, probe: Probe | None = None) ->
         homes = [(site.name, site.places) for site, _ in adapted]
         twins.clear()
         adapted.clear()
-        _replace(model, homes)
+        certificate = certificate.with_sums(_replace(model, homes))
         forget(model)
     return certificate
 
@@ -290,11 +295,11 @@ def _put_aside(
     note_kept(model, {site.name: (twins[site.name], layer) for site, layer in adapted})
 
 
-def _replace(model: nn.Module, homes: list[tuple[str, tuple[str, ...]]]) -> None:
+def _replace(model: nn.Module, homes: list[tuple[str, tuple[str, ...]]]) -> dict[str, float]:
     """Put plain layers in, letting go of each adapted one before the next is begun.
 
     The outer ones come first, as an inner one hangs in them. Layers that share an update are
-    replaced together.
+    replaced together. Returns the sums of the large weights, by the name of their check.
     """
     shared = [
         (s, m) for s, m in adapted_sites(model) if any(isinstance(u, Shared) for u in m.live())
@@ -306,11 +311,19 @@ def _replace(model: nn.Module, homes: list[tuple[str, tuple[str, ...]]]) -> None
     twins = {site.name: plain(layer) for site, layer in together}
     _keep_tied(together, twins)
     del shared, together
+    sums: dict[str, float] = {}
     for name, places in homes:
         layer = model.get_submodule(name)
         assert isinstance(layer, LoRALayer)
-        Site(name, layer, places, model).put(twins[name] if name in twins else plain(layer))
-        del layer
+        twin = twins[name] if name in twins else plain(layer)
+        for parameter in layer.adapted():
+            with torch.no_grad(), full_float32(), _no_autocast(next(twin.parameters())):
+                ratio = settle(layer, parameter, twin)
+            if ratio is not None:
+                sums[check_name(name, parameter)] = ratio
+        Site(name, layer, places, model).put(twin)
+        del layer, twin
+    return sums
 
 
 def _lost(name: str, site: Site | None, twin: nn.Module, layer: LoRALayer) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,19 @@ from rankwise.layers import (
     LoRAWrapper,
     Shared,
     TokenRows,
+    wide_dtype,
 )
+from rankwise.merging.blocks import products
+from rankwise.merging.sample import Sample, sampled
 from rankwise.merging.slabs import Slab, slabs
+from rankwise.merging.units import gamma, roundoff, smallest
 
-__all__ = ["LayerCheck", "check_layer", "roundoff"]
+__all__ = ["LayerCheck", "check_layer", "check_name", "roundoff"]
 
 _ONE = torch.ones(())
+_NOTHING = (0.0, 0.0, 0.0, 0.0)
 DRAWN = 32  # rows for a layer that the probe does not pass through
+FEW = 8  # for one with a large weight
 
 
 @dataclass(frozen=True)
@@ -87,18 +94,9 @@ class LayerCheck:
         return None
 
 
-def roundoff(dtype: torch.dtype) -> float:
-    """u, the unit roundoff of rounding to nearest: half the distance from 1 to the next number."""
-    return torch.finfo(dtype).eps / 2
-
-
-def gamma(k: int, u: float) -> float:
-    """γ_k = k u / (1 - k u), the bound on k roundings one after another.
-
-    Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition 2002, lemma 3.1. It holds
-    for a sum of k products in any order.
-    """
-    return k * u / (1 - k * u) if k * u < 1 else math.inf
+def check_name(site: str, parameter: str) -> str:
+    """What the check of a parameter is called: by its module, and the parameter unless it is W."""
+    return site if parameter == "weight" else f"{site}.{parameter}"
 
 
 def check_layer(
@@ -108,21 +106,76 @@ def check_layer(
 
     Without them, seeded Gaussian ones are drawn (ids at random). Rows of an embedding that trained
     are looked at whatever the probe holds. A parameter that its owner reads is measured as the
-    linear layer that it is a matrix of. Of a large weight a sample of the rows is measured, and
-    sums over all of it (:mod:`rankwise.merging.sample`). No gradients may be on.
+    linear layer that it is a matrix of. Of a large weight a sample of the rows is compared number
+    by number, and all of it in sums (:mod:`rankwise.merging.sample`). No gradients may be on.
     """
-    name = site if parameter == "weight" else f"{site}.{parameter}"
+    name = check_name(site, parameter)
     sample = sampled(layer, parameter, merged, x)
     if sample is not None:
         return _check_sample(name, layer, parameter, merged, sample, x)
     found: Tensor = getattr(merged, parameter)
-    weight_ratio, added, missing, finite = check_weight(layer, parameter, found)
-    rows = len(found) if found.ndim < 2 else math.prod(_matrix(layer, parameter, found).shape[:-1])
-    measured = 0.0, 0.0, 0.0, 0.0
+    weight_ratio, update, lost, finite = check_weight(layer, parameter, found)
+    outputs, rows = _NOTHING, len(found)
     if found.ndim > 1:
+        rows = len(_flat(layer, parameter, found))
         x = _with_tokens(layer, _drawn(layer, parameter) if x is None else x)
         unmerged, changed = _runs(layer, parameter, merged, found, x)
-        measured = _outputs(unmerged, changed, *output_bound(layer, parameter, x, unmerged, changed))
+        outputs = _compare_outputs(
+            unmerged, changed, *output_bound(layer, parameter, x, unmerged, changed)
+        )
+    return LayerCheck(name, *outputs, weight_ratio, update, lost, finite, rows, rows, 0.0)
+
+
+def _check_sample(
+    name: str,
+    layer: LoRALayer,
+    parameter: str,
+    merged: nn.Module,
+    sample: Sample,
+    x: Tensor | None,
+) -> LayerCheck:
+    """The check of a large weight. Linear outputs are computed in float32, and only the sampled."""
+    slab = sample.slab
+    weight_ratio, _, lost, finite = _compare(layer.base_weight(parameter).dtype, [slab])
+    if layer.lookup:
+        unmerged = layer(sample.places)
+        changed = layer.gained(slab.other.mT.to(unmerged))
+        x = torch.arange(len(sample.places))
+    else:
+        x = _drawn(layer, parameter, FEW) if x is None else x
+        unmerged, changed = _some_outputs(layer, parameter, merged, slab, x)
+    outputs = _compare_outputs(
+        unmerged, changed, *output_bound(layer, parameter, x, unmerged, changed, [slab])
+    )
+    shares = len(sample.places), sample.of, sample.sums
+    return LayerCheck(name, *outputs, weight_ratio, sample.update, lost, finite, *shares)
+
+
+def _compare_outputs(
+    unmerged: Tensor, merged: Tensor, limit: Tensor, effect: float
+) -> tuple[float, float, float, float]:
+    """error, bound, effect and ratio of a :class:`LayerCheck`."""
+    apart = (_wide(merged) - _wide(unmerged)).abs()
+    place = int(apart.argmax())
+    error, bound = float(apart.flatten()[place]), float(limit.flatten()[place])
+    return error, bound, effect, float((apart / limit).max())
+
+
+def _some_outputs(
+    layer: LoRALayer, parameter: str, merged: nn.Module, slab: Slab, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Some outputs of a linear layer, unmerged and merged, in float32 (float64 beside float64)."""
+    wide = wide_dtype(layer.base_weight(parameter))
+    x = x.to(slab.base.device, wide)
+    biases = (layer.bias, merged.bias) if isinstance(layer, LoRAWrapper) else (None, None)
+    before, after = (b[slab.rows].to(x) if isinstance(b, Tensor) else None for b in biases)
+    unmerged = F.linear(x, slab.base.to(wide), before)
+    for pair in products(layer.changes(parameter)):
+        A, B = pair.A.to(x), pair.B[slab.rows].to(x)
+        unmerged = unmerged + F.linear(F.linear(x, A), B) * pair.scale
+    return unmerged, F.linear(x, slab.other.to(wide), after)
+
+
 def _runs(
     layer: LoRALayer, parameter: str, merged: nn.Module, found: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -149,6 +202,7 @@ def check_weight(
 
         |W' - (W0 + δ)|  ≤  (u_w + u_f) |W0 + δ|  +  2 γ_K(f) |δ|_sum  +  η_w
 
+    and γ_K(f) |W0| more where w is shorter than f, as the products are then added to W0 one by one;
     with u the unit roundoff, η the smallest number of the dtype, K the roundings on the way to an
     element of δ and |δ|_sum what its terms add up to without their signs (for s B A: K = r + 2 and
     s |B| |A|); 1 % stands for the terms of higher order, and the second γ pays for the reference
@@ -157,15 +211,20 @@ def check_weight(
 
     Returns the largest ratio of the two sides, ‖δ‖, ‖W' - (W0 + δ)‖ / ‖δ‖ and whether W' is finite.
     """
-    base = layer.base_weight(parameter)
-    f = torch.promote_types(base.dtype, torch.float32)
-    grown, small = roundoff(base.dtype) + roundoff(f), smallest(base.dtype)
+    return _compare(layer.base_weight(parameter).dtype, slabs(layer, parameter, merged))
+
+
+def _compare(dtype: torch.dtype, parts: Iterable[Slab]) -> tuple[float, float, float, bool]:
+    f = torch.promote_types(dtype, torch.float32)
+    grown, small = roundoff(dtype) + roundoff(f), smallest(dtype)
     ratio, missing, added, finite = 0.0, 0.0, 0.0, True
-    for slab in slabs(layer, parameter, merged):
+    for slab in parts:
         wanted = slab.base + slab.delta
         off = (slab.other - wanted).abs()
         carried = 2 * gamma(slab.roundings, roundoff(f))
         bound = 1.01 * (grown * wanted.abs() + carried * slab.size) + small
+        if f != dtype:  # the sum may begin with W0
+            bound = bound + gamma(slab.roundings, roundoff(f)) * slab.base.abs()
         worst = float((off / bound).max())
         ratio = worst if math.isnan(worst) else max(ratio, worst)
         missing += float(off.square().sum())
@@ -178,7 +237,12 @@ def check_weight(
 
 
 def output_bound(
-    layer: LoRALayer, parameter: str, x: Tensor, unmerged: Tensor, merged: Tensor
+    layer: LoRALayer,
+    parameter: str,
+    x: Tensor,
+    unmerged: Tensor,
+    merged: Tensor,
+    parts: Iterable[Slab] | None = None,
 ) -> tuple[Tensor, float]:
     """What rounding explains of |merged - unmerged| by element, and max |δ x|; docs/math.md (7b).
 
@@ -197,6 +261,8 @@ def output_bound(
     times 1.01 + 8 u for the terms of higher order. Underflow is η, the smallest number of a, times
     what an error of η in W', A, B, A x or the result is multiplied by. Worst cases add up here, so
     an honest merge comes to a small part of it. Sources: Higham 2002, sections 3.1 and 3.5.
+
+    ``parts`` are the rows of W (the ids of an embedding) that were run, all of them if None.
     """
     dtype = unmerged.dtype
     u = max(roundoff(dtype), roundoff(layer.base_weight(parameter).dtype))
@@ -206,17 +272,19 @@ def output_bound(
     every: list[Tensor] = []
     low: list[Tensor] = []
     largest, through, roundings, terms = 0.0, 0.0, 0, 1
-    for slab in slabs(layer, parameter):
+    for slab in slabs(layer, parameter) if parts is None else parts:
         low.append(_on(layer, slab.size, sizes, slab))
-        every.append(_on(layer, slab.base.abs(), sizes, slab))
+        plain = _on(layer, slab.base.abs(), sizes, slab)
+        bias = layer.bias if isinstance(layer, LoRAWrapper) else None
+        every.append(
+            plain if bias is None else plain + layer.channels(_wide(bias).abs()[slab.rows])
+        )
         largest = max(
             largest, float(_on(layer, slab.delta, x if looked_up else _wide(x), slab).abs().max())
         )
         through, roundings = max(through, slab.through), max(roundings, slab.roundings)
         terms = 1 if looked_up else slab.base.shape[-1]
     carried, whole = torch.cat(low, -1), torch.cat(every, -1)  # a convolution comes in one piece
-    if isinstance(layer, LoRAWrapper) and layer.bias is not None:
-        whole = whole + layer.channels(_wide(layer.bias).abs())
     total = whole + carried
     result = _wide(unmerged).abs() + _wide(merged).abs()
     length = float(layer.gained(_ONE).abs()) if looked_up else float(sizes.abs().max()) * terms
@@ -224,16 +292,6 @@ def output_bound(
     sums = 3 * gamma(terms + roundings + 2, summed)
     plain = (2 * u + sums) * total + 4 * u * carried + u * result
     return (1.01 + 8 * u) * plain + underflow, largest
-
-
-def smallest(dtype: torch.dtype) -> float:
-    """η: the error of a result too small for the dtype's full precision.
-
-    The smallest subnormal in float16; elsewhere the smallest normal number, as a processor may
-    flush what lies below to zero.
-    """
-    numbers = torch.finfo(dtype)
-    return numbers.smallest_normal * (numbers.eps if dtype is torch.float16 else 1)
 
 
 def _on(layer: LoRALayer, matrix: Tensor, x: Tensor, slab: Slab) -> Tensor:
@@ -264,14 +322,14 @@ def _with_tokens(layer: LoRALayer, x: Tensor) -> Tensor:
     return torch.cat([x.flatten(), *ids])
 
 
-def _drawn(layer: LoRALayer, parameter: str) -> Tensor:
+def _drawn(layer: LoRALayer, parameter: str, count: int = DRAWN) -> Tensor:
     """Probe inputs for a layer that the probe did not pass through: N(0, 1), or ids at random."""
     generator = torch.Generator().manual_seed(0)
     weight = layer.base_weight(parameter)
     layout = layer.changes(parameter)[0].layout
     if isinstance(layer, LoRAEmbedding):
         return torch.randint(layout.in_features, (DRAWN,), generator=generator).to(weight.device)
-    size: tuple[int, ...] = (DRAWN, layout.in_features)
+    size: tuple[int, ...] = (count, layout.in_features)
     if isinstance(layer, LoRAConv):
         conv = layer.base_layer
         fill = [0] * len(conv.kernel_size) if isinstance(conv.padding, str) else conv.padding

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rankwise.layers import Change, LoRAConv, LoRALayer, LowRank, Shared
+from rankwise.merging.blocks import products
 
-__all__ = ["BLOCK", "Slab", "slabs"]
+__all__ = ["BLOCK", "Slab", "cut", "reference", "slabs"]
 
 BLOCK = 2**18  # numbers of a weight held in a wider dtype at a time; more would leave the cache
 
@@ -30,7 +31,7 @@ class Slab:
         bank: whether the rows are members of a bank.
     """
 
-    rows: slice
+    rows: slice | Tensor
     base: Tensor
     delta: Tensor
     size: Tensor
@@ -71,6 +72,33 @@ def slabs(layer: LoRALayer, parameter: str, other: Tensor | None = None) -> Iter
             _wide(beside[rows]),
             layout.bank and not flat,
         )
+
+
+def cut(layer: LoRALayer, parameter: str, places: Tensor, other: Tensor) -> Slab:
+    """Some rows of a matrix of which every update is a product; of an embedding some ids.
+
+    ``other`` is in the same layout, and of these places only.
+    """
+    base = layer.changes(parameter)[0].layout.matrix(layer.base_weight(parameter))
+    base = _wide(base[:, places] if layer.lookup else base[places])
+    delta, size = torch.zeros_like(base), torch.zeros_like(base)
+    roundings, through = 0, 0.0
+    for pair in products(layer.changes(parameter)):
+        A, B = (pair.A[:, places], pair.B) if layer.lookup else (pair.A, pair.B[places])
+        A, B = _wide(A), _wide(B) * pair.scale
+        delta, size = delta + B @ A, size + B.abs() @ A.abs()
+        roundings += pair.r + 2
+        through += float(B.abs().sum(-1).max())
+    return Slab(places, base, delta, size, roundings, through, _wide(other), bank=False)
+
+
+def reference(layer: LoRALayer, parameter: str) -> Tensor:
+    """W' = W0 + Σ δ, summed in float64 and rounded once, laid out as W0 is."""
+    result = torch.empty_like(layer.base_weight(parameter))
+    matrix = layer.changes(parameter)[0].layout.matrix(result)
+    for slab in slabs(layer, parameter):
+        matrix[slab.rows] = (slab.base + slab.delta).to(matrix)
+    return result
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rankwise.errors import UserError
 from rankwise.lowrank import Factors
 from rankwise.methods.adapter import Adapter
 from rankwise.methods.combining.sums import Gap, common_dtype, distance
 from rankwise.methods.restate import restated
 from rankwise.spectrum import Allocation, Layer, Promise, spectrum
 
-__all__ = ["Cut", "Trimmed", "cut_to", "layers_of", "trim"]
+__all__ = ["Cut", "Prefix", "Trimmed", "cut_to", "layers_of", "trim"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,22 @@ class Trimmed:
         return sum(f.count() for f in self.adapter.factors.values())
 
 
-def trim(adapter: Adapter, promise: Promise) -> Trimmed:
+@dataclass(frozen=True)
+class Prefix:
+    """The first ``k`` ranks of every layer, as they were trained.
+
+    For an adapter of nested training (``rankwise fit --train-nested``), whose first ranks were
+    trained to do without the others; in any other their order means nothing. The scale stays.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise UserError(f"A prefix is a whole number of ranks of 1 or more, got {self.k!r}.")
+
+
+def trim(adapter: Adapter, promise: Promise | Prefix) -> Trimmed:
     """The smallest adapter that keeps a promise, its ranks chosen over all layers together.
 
     Every update becomes its best approximation of the chosen rank (Eckart-Young), in float32 at
@@ -69,6 +85,8 @@ def trim(adapter: Adapter, promise: Promise) -> Trimmed:
     Raises:
         UserError: the promise cannot be kept, or the adapter is not finite or was never trained.
     """
+    if isinstance(promise, Prefix):
+        return _first(adapter, promise.k)
     chosen = promise.allocate(layers_of(adapter))
     made, cuts = _made(adapter, chosen.ranks)
     return Trimmed(made, chosen, cuts)
@@ -85,6 +103,25 @@ def layers_of(adapter: Adapter) -> dict[str, Layer]:
         name: Layer(spectrum(f), f.count() // f.r, _least(adapter, name))
         for name, f in adapter.factors.items()
     }
+
+
+def _first(adapter: Adapter, k: int) -> Trimmed:
+    factors = {name: _prefix(f, k) for name, f in adapter.factors.items()}
+    cuts: dict[str, Cut] = {}
+    for name, whole in adapter.factors.items():
+        gap = _gap(whole, factors[name].pair())
+        cuts[name] = Cut(whole.r, factors[name].r, gap.error, gap)
+    made = replace(adapter, method=restated(adapter.method, factors), factors=factors)
+    parameters = sum(f.count() for f in factors.values())
+    error = Gap.over(cut.measured for cut in cuts.values()).error
+    ranks = {name: f.r for name, f in factors.items()}
+    return Trimmed(made, Allocation(ranks, parameters, error, error, optimal=True), cuts)
+
+
+def _prefix(f: Factors, k: int) -> Factors:
+    A0 = None if f.A0 is None else f.A0[..., :k, :].contiguous()
+    B0 = None if f.B0 is None else f.B0[..., :k].contiguous()
+    return Factors(f.A[..., :k, :].contiguous(), f.B[..., :k].contiguous(), f.scale, A0, B0)
 
 
 def _least(adapter: Adapter, name: str) -> int:

@@ -72,7 +72,7 @@ LEARNING_RATES = {
 }
 # Options that mean something to some methods only, and to which.
 _LORA = ("alpha", "alpha_pattern", "bias", "dora", "dropout", "freeze_a", "init", "lora_plus", "r",
-         "rank_pattern", "rank_stabilized", "tied")  # fmt: skip
+         "rank_pattern", "rank_stabilized", "tied", "train_nested")  # fmt: skip
 _MEANT_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_LORA, ("lora",)),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers"), ("lora", "bottleneck")),
@@ -211,6 +211,12 @@ class FitConfig(BaseModel):
         TRAINING,
         ge=1,
         allow_inf_nan=False,
+    )
+    train_nested: bool = _option(
+        False,
+        "Each step trains the first k ranks, k drawn from 1 to r, so that the adapter may be cut "
+        "to its first ranks afterwards (rankwise trim --prefix).",
+        TRAINING,
     )
     weight_decay: float = _option(0.0, "AdamW's weight decay.", TRAINING, ge=0, allow_inf_nan=False)
     warmup: float = _option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -25,6 +26,7 @@ from rankwise.train.evaluate import Rows, batch_loss, measure, targets_in
 from rankwise.train.frozen import train_mode
 from rankwise.train.memory import give_back
 from rankwise.train.metrics import better
+from rankwise.train.nested import Nested
 from rankwise.train.optim import adamw, learning_rate, set_rate
 from rankwise.train.precision import allocation_failed
 from rankwise.train.reporter import Reporter
@@ -95,6 +97,7 @@ class Loop:
         self.eval_every = config.eval_every or self.steps_per_epoch
         self.log_every = max(1, self.total // _LOGGED_STEPS)
         self.progress = Progress(micro_batch=config.batch_size)
+        self.nested = Nested(model, config.seed) if config.train_nested else None
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._saved_at = time.monotonic()
 
@@ -200,7 +203,8 @@ class Loop:
         rng = checkpoint.capture_rng(device)
         while True:
             try:
-                loss = self._accumulate(passes)
+                with self._ranks():
+                    loss = self._accumulate(passes)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not allocation_failed(error):
@@ -214,6 +218,12 @@ class Loop:
             self.parameters.values(), self.config.max_grad_norm
         ).item()
         return Step(loss, norm, math.isfinite(loss) and math.isfinite(norm))
+
+    def _ranks(self) -> contextlib.AbstractContextManager[None]:
+        """The ranks of this step: all, or with nested training the first of them."""
+        if self.nested is None:
+            return contextlib.nullcontext()
+        return self.nested.first(self.nested.rank(self.progress.step))
 
     def _accumulate(self, passes: list[list[int]]) -> float:
         task, encoded = self.train_rows.task, self.train_rows.encoded

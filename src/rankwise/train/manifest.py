@@ -93,6 +93,7 @@ def method_record(config: FitConfig) -> tuple[str, dict[str, Any]]:
         "bias": config.bias,
         "lora_plus": config.lora_plus,
         "tied": config.tied,
+        "train_nested": config.train_nested,
     }
     return f"{'DoRA' if config.dora else 'LoRA'} r={config.r}{_variant(config)}", options
 
@@ -132,6 +133,7 @@ def _variant(config: FitConfig) -> str:
         f"{config.bias} biases": config.bias != "none",
         f"B {config.lora_plus:g} times as fast": config.lora_plus != 1,
         "tied": config.tied,
+        "nested": config.train_nested,
     }
     return rule + "".join(f", {words}" for words, true in said.items() if true)
 

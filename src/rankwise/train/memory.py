@@ -69,8 +69,8 @@ def resident() -> int | None:
 def give_back() -> None:
     """Hand freed memory of this process back to the system, where the C library can (glibc).
 
-    It keeps what was freed in the heap for the next request, and training leaves holes that fit
-    nothing an evaluation asks for. It takes milliseconds, and what is needed again is fetched again.
+    It keeps what was freed for the next request, and training leaves holes that fit nothing an
+    evaluation asks for. It takes milliseconds; what is needed again is asked for again.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -94,6 +94,13 @@ def test_names_lose_what_all_share() -> None:
     assert short_names(["q", "a.q"]) == ["q", "a.q"]
 
 
+def test_a_long_name_is_told_by_its_end() -> None:
+    drawn = value_map([layer(f"a.{i}.attention.output.dense.projection", 1.0, 0.5) for i in (0, 1)])
+    assert drawn is not None
+    assert "attention.output.dense.p" not in drawn.svg
+    assert "output.dense.projection" in drawn.svg
+
+
 def test_a_large_adapter_is_drawn_in_few_shapes() -> None:
     values = tuple(0.9**i for i in range(64))
     drawn = value_map([layer(f"{i}.q", *values) for i in range(200)])

@@ -84,7 +84,7 @@ def quality_by_size(advice: Advice) -> Figure:
                 )
         axes.set_xscale("log", base=2)
         places = [t.parameters for t in kinds[EVERY_LAYER] if t.size & (t.size - 1) == 0]
-        axes.set_xticks(places, [words.round_count(p) for p in places])
+        axes.set_xticks(places, [words.round_count(float(f"{p:.2g}")) for p in places])
         axes.minorticks_off()
         name_axes(axes, "parameters of the updates", f"{advice.metric}{unit}")
 
@@ -151,10 +151,11 @@ def _advised(advice: Advice) -> Iterator[str]:
 
 
 def _told(advice: Advice, trial: Trial) -> str:
-    what = f"r = {trial.size} in every layer"
+    what = f"r = {trial.size} in every layer ({trial.parameters:,} parameters) is"
     if trial.kind == PER_LAYER:
-        what = f"Ranks of {words.spread(list(trial.ranks.values()))}, chosen layer by layer,"
-    return f"{what} ({trial.parameters:,} parameters) is enough: {_loss(advice, trial)}."
+        ranks = words.spread(list(trial.ranks.values()))
+        what = f"Ranks of {ranks}, chosen layer by layer ({trial.parameters:,} parameters), are"
+    return f"{what} enough: {_loss(advice, trial)}."
 
 
 def _loss(advice: Advice, trial: Trial) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -100,6 +101,9 @@ class _Trials:
             metrics = json.loads(scores.read_text(encoding="utf-8"))
             return Quality(metrics, read_answers(answers, self.rows))
         (found,) = self.bench.tried([adapter], self.reporter)
+        size = sum(f.count() for f in adapter.factors.values())
+        score = found.metrics[self.bench.metric]
+        self.reporter.note(f"{name}: {size:,} parameters, {self.bench.metric} {score:.4f}")
         write_answers(answers, found.answers, self.rows)
         files.write_json(scores, dict(found.metrics))
         return Quality(found.metrics, read_answers(answers, self.rows))
@@ -107,10 +111,8 @@ class _Trials:
 
 def _named(ranks: Mapping[str, int]) -> str:
     """A file name for a choice of ranks."""
-    import hashlib
-
     text = json.dumps(dict(ranks), sort_keys=True)
-    return f"cut-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"cut-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _ensure(config: FitConfig, reporter: Reporter) -> None:

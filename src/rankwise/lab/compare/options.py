@@ -44,6 +44,7 @@ LORA_ONLY = frozenset(
     {
         *("target_modules", "exclude_modules", "layers", "rank_stabilized", "dropout", "init"),
         *("dora", "freeze_a", "bias", "tied", "lora_plus"),
+        "train_nested",
     }
 )
 """Those of them that only the LoRA runs have."""

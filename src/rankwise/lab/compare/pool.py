@@ -7,10 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -57,8 +56,7 @@ class Pool:
         self._running: dict[Connection, _Running] = {}
         if method == "forkserver":
             self._context.set_forkserver_preload(_PRELOADED)
-            with _interrupts_ignored():
-                forkserver.ensure_running()
+            _start_copied()
 
     def __enter__(self) -> Pool:
         return self
@@ -121,18 +119,16 @@ class Pool:
         return Ended("failed", f"its process was ended by {by}{why}.", 4)
 
 
-@contextlib.contextmanager
-def _interrupts_ignored() -> Generator[None]:
-    """Have a process that is started in the block ignore Ctrl+C, and all that it starts.
+def _start_copied() -> None:
+    """Start the process that is copied, so that Ctrl+C does not reach it, nor its copies.
 
     Ctrl+C goes to every process of a terminal. The parent answers it; the process that is copied
-    must not die of it while it imports. Outside the main thread nothing is changed.
+    must not die of it while it imports. A process inherits what its parent has blocked; the tracker
+    of resources is started first, as it would lift the block.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

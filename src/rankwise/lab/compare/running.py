@@ -167,11 +167,11 @@ class _State:
         # torch's own number holds as a limit, so that OMP_NUM_THREADS does
         threads = min(torch.get_num_threads(), max(1, cores() // jobs))
         work = self.work
-        self.watcher.note(
-            f"{work.count - len(self.outcomes)} of {words.count(work.count, 'run')} are left, "
-            f"searches included; {jobs} at a time, {words.count(threads, 'thread')} each."
-        )
         with StopRequest(self.watcher.note) as stop, Pool() as pool:
+            self.watcher.note(
+                f"{work.count - len(self.outcomes)} of {words.count(work.count, 'run')} are left, "
+                f"searches included; {jobs} at a time, {words.count(threads, 'thread')} each."
+            )
             self._show(begin=True)
             try:
                 while len(pool) or self.left():

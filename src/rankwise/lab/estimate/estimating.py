@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -65,6 +66,8 @@ class Estimate:
         loading: the peak before the first step, while the model is read and cast.
         overhead: what the process holds besides: Python and the libraries. 0 on a GPU, whose
             memory holds none of them.
+        kept: what the C library is likely to keep of freed memory during a step, ``KEPT`` of its
+            gradients and activations. 0 where it is not glibc's heap that keeps it.
         budget: what fits; None where no budget was given.
         notes: what a user should know.
     """
@@ -82,6 +85,7 @@ class Estimate:
     evaluation: int
     loading: int
     overhead: int
+    kept: int
     budget: Budget | None
     notes: tuple[str, ...]
 
@@ -90,7 +94,7 @@ class Estimate:
         """The peak of each phase of a run, the overhead among it."""
         found = {
             "loading": self.loading,
-            "training step": sum(self.step.values()),
+            "training step": sum(self.step.values()) + self.kept,
             "evaluation": self.evaluation,
         }
         return {name: size + self.overhead for name, size in found.items()}
@@ -109,7 +113,7 @@ def estimate(
 ) -> Estimate:
     """Rehearse a run's steps on tensors without data, and say what they would hold.
 
-    Not in it: what the allocator keeps of freed memory, the context and kernels of CUDA, and what
+    Not in it: the context and kernels of CUDA, what its allocator keeps of freed memory, and what
     an operation holds inside itself.
 
     Args:
@@ -148,6 +152,7 @@ def estimate(
         evaluation=sum(rehearsal.evaluation(config.eval_batch_size).values()),
         loading=0 if on_gpu else _loading(rehearsal),
         overhead=overhead,
+        kept=_kept(step, device),
         budget=None,
         notes=tuple(notes),
     )
@@ -167,6 +172,17 @@ def _loading(rehearsal: Rehearsal) -> int:
     return rehearsal.base_bytes * 3 // 2 if half else rehearsal.base_bytes
 
 
+def _kept(step: Mapping[Part, int], device: torch.device) -> int:
+    """What the heap is likely to keep of a step's freed memory; logits are mapped apart from it."""
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return 0
+    return int(KEPT * (step[Part.GRADIENTS] + step[Part.ACTIVATIONS]))
+
+
+def _held(step: Mapping[Part, int], device: torch.device) -> int:
+    return sum(step.values()) + _kept(step, device)
+
+
 def _within(
     budget: int,
     made: Estimate,
@@ -178,7 +194,7 @@ def _within(
     room = budget - made.overhead
 
     def rows(of: Rehearsal) -> int:
-        return largest(lambda batch: sum(of.step(batch).values()), room)
+        return largest(lambda batch: _held(of.step(batch), device), room)
 
     again = config.model_copy(update={"gradient_checkpointing": True})
     try:

@@ -15,14 +15,12 @@ __all__ = ["of_process"]
 def of_process(task: str) -> int:
     """The resident memory of this process, in bytes, once it has used what a run uses.
 
-    It computes a metric and trains a very small layer, so that their libraries are in memory. It
-    is a part of the estimate for a fresh process; one that holds other things counts them too.
-    0 where the system does not say.
+    It computes a metric and trains a very small layer, so that their libraries are in memory. What
+    this process holds of other things is counted too. 0 where the system does not say.
     """
-    labels = np.array([0.0, 1.0])
     if task != "causal-lm":
-        outputs = np.eye(2, dtype=np.float32) if task == "classification" else np.float32([0, 1])
-        score(task, 0.0, outputs, labels)
+        outputs = np.eye(2, dtype=np.float32)
+        score(task, 0.0, outputs if task == "classification" else outputs[0], np.arange(2.0))
     layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     layer(torch.zeros(1, 4, 16)).sum().backward()

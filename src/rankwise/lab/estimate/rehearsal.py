@@ -22,12 +22,13 @@ from rankwise.attaching import attachment
 from rankwise.data.encode import Encoded
 from rankwise.errors import UserError
 from rankwise.lab.estimate.live import Live, Part
+from rankwise.layers import LoRAHost
 from rankwise.targets import find_head
 from rankwise.train.checkpoint import Progress
 from rankwise.train.config import FitConfig
 from rankwise.train.evaluate import Rows, row_losses
 from rankwise.train.loop import Loop
-from rankwise.train.model import Base, longest
+from rankwise.train.model import Base, longest, quiet_transformers
 from rankwise.train.precision import Choice
 from rankwise.train.reporter import Silent
 from rankwise.train.setup import equip, longest_input
@@ -69,10 +70,10 @@ class Rehearsal:
     """
 
     def __init__(self, config: FitConfig, labels: int, device: torch.device) -> None:
+        model: Any
         model, self.task = make_skeleton(config.model, config.task, labels, config.revision)
         model.to(torch.float32).config.pad_token_id = 0
-        bare: Any = model
-        base = Base(bare, None, config.model, "", (), longest(model))  # type: ignore[arg-type]
+        base = Base(model, None, config.model, "", (), longest(model))  # type: ignore[arg-type]
         self._config, self._device = config, device
         self.length = longest_input(config, base)
         self.base_bytes = sum(p.nbytes for p in model.parameters())
@@ -107,7 +108,7 @@ class Rehearsal:
                 live.begin()
                 loop.update(passes)
                 states = loop.optimizer.state.values()
-                live.mark((t for t in tree_leaves(list(states))), Part.OPTIMIZER)
+                live.mark(tree_leaves(list(states)), Part.OPTIMIZER)
         self._begun = True
         return live.peak
 
@@ -128,7 +129,7 @@ class Rehearsal:
     @contextlib.contextmanager
     def _running(self) -> Generator[None]:
         try:
-            with self._fake, self._live:
+            with self._fake, self._live, quiet_transformers():
                 yield
         except _NO_SHAPES as error:
             raise UserError(
@@ -183,20 +184,19 @@ class _Notes(Silent):
 
 def _place(models: Iterable[nn.Module], device: torch.device) -> None:
     """Move modules from the meta device to tensors of ``device`` without data, ties kept."""
+    every = [module for model in models for module in model.modules()]
+    every += [module.base_layer for module in every if isinstance(module, LoRAHost)]
     made: dict[int, Tensor] = {}
+    gone: list[Tensor] = []  # kept until the end, or another tensor could get the id of one
+    for module in dict.fromkeys(every):
+        for table in ("_parameters", "_buffers"):  # as they are: a host reads them with updates
+            held: dict[str, Tensor | None] = vars(module)[table]
+            for name, old in held.items():
+                if old is not None:
+                    gone.append(old)
+                    held[name] = made.setdefault(id(old), _without_data(old, device))
 
-    def moved(tensor: Tensor) -> Tensor:
-        return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-        )
 
-    for module in (m for model in models for m in model.modules()):
-        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(old) not in made:
-                made[id(old)] = nn.Parameter(moved(old), requires_grad=old.requires_grad)
-            new = made[id(old)]
-            assert isinstance(new, nn.Parameter)
-            module.register_parameter(name, new)
-        for name, old in list(module.named_buffers(recurse=False, remove_duplicate=False)):
-            made.setdefault(id(old), moved(old))
-            module.register_buffer(name, made[id(old)])
+def _without_data(like: Tensor, device: torch.device) -> Tensor:
+    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    return nn.Parameter(made, like.requires_grad) if isinstance(like, nn.Parameter) else made

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rankwise.lab import words
-from rankwise.lab.drawing import INK, Cell, Figure, Key, Style, drawable, name_axes, render
+from rankwise.lab.drawing import INK, RULE, Cell, Figure, Key, Style, drawable, name_axes, render
 from rankwise.lab.inspecting.records import LayerEvidence
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ def value_map(layers: Sequence[LayerEvidence]) -> Figure | None:
                 axes.barh(row, count, height=0.92, left=first, color=colour, linewidth=0)
             if k := layer.spectrum.holding(0.99):
                 size = min(4.0, height / 3)
-                axes.plot([k - 0.5], [row], color=INK, marker="D", markersize=size)
+                mark = {"color": INK, "markeredgecolor": RULE, "markeredgewidth": 0.6}
+                axes.plot([k - 0.5], [row], marker="D", markersize=size, **mark)
         every = max(1, math.ceil(9 / height))
         shown = range(0, len(layers), every)
-        axes.set_yticks(list(shown), [drawable(names[i], 24) for i in shown], fontsize=8.5)
+        axes.set_yticks(list(shown), [_ending(names[i]) for i in shown], fontsize=8.5)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.set_xlim(0, max(len(layer.spectrum.values) for layer in layers))
         axes.locator_params(axis="x", integer=True)
@@ -142,6 +143,12 @@ def _runs(layer: LayerEvidence, top: float) -> list[tuple[int, int, int]]:
             runs.append((step, place, count))
         place += count
     return runs
+
+
+def _ending(name: str, limit: int = 26) -> str:
+    """The end of a long name, which tells layers apart."""
+    clean = drawable(name, len(name))
+    return clean if len(clean) <= limit else "…" + clean[1 - limit :]
 
 
 def _eighth(share: float) -> int:

@@ -1,0 +1,105 @@
+"""One training step, forward and backward and optimiser: PEFT, Rankwise, and the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from benchmarks.speed.models import LINEAR, batch_of, floor, llama, minilm, ours, theirs
+from benchmarks.speed.timing import alternate, ratio
+from torch import nn
+
+import rankwise as rw
+
+__all__ = ["rows"]
+
+LOSSES = 30  # steps over which the losses are compared
+
+
+def rows(rounds: int) -> Iterator[dict[str, Any]]:
+    """A row of the table for each model, number format and choice of layers."""
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere a step takes minutes
+    formats = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if half else {})
+    for name, dtype in formats.items():
+        bert = minilm(dtype)
+        batch = batch_of(32, 34, 30_000, classes=2)
+        for layers, targets in LINEAR["bert"].items():
+            yield _row(f"MiniLM, {name}", layers, bert, targets, batch, rounds, "bert.embeddings")
+        small = llama(4, 512, dtype)
+        batch = batch_of(4, 128, 32_000, classes=None)
+        for layers, targets in LINEAR["llama"].items():
+            yield _row(
+                f"Llama 4 × 512, {name}",
+                layers,
+                small,
+                targets,
+                batch,
+                rounds,
+                "model.embed_tokens",
+            )
+
+
+def _row(
+    model: str,
+    layers: str,
+    base: nn.Module,
+    targets: list[str],
+    batch: dict[str, torch.Tensor],
+    rounds: int,
+    first: str,
+) -> dict[str, Any]:
+    apart = _losses_apart(base, targets, batch)
+    contenders = {
+        "floor": floor(base, first),
+        "peft": theirs(base, targets),
+        "ours": ours(base, targets),
+    }
+    packed = floor(base, first), ours(base, targets)
+    done = [rw.optimize_frozen(m, batch["input_ids"].numel()) for m in packed]
+    if done[1].packed:
+        contenders |= {"packed floor": packed[0], "packed": packed[1]}
+    steps = {name: _step(m, batch) for name, m in contenders.items()}
+    seconds = alternate(steps, rounds)
+    best = "packed" if done[1].packed else "ours"
+    low = "packed floor" if done[1].packed else "floor"
+    found = {
+        "measure": f"training step, {layers}: PEFT / ours",
+        "on": model,
+        **_numbers("ratio", ratio(seconds["peft"], seconds[best])),
+        **_numbers("over_floor", ratio(seconds[best], seconds[low])),
+        "losses_apart": apart,
+        "packed": len(done[1].packed),
+        "milliseconds": {n: 1e3 * sorted(s)[len(s) // 2] for n, s in seconds.items()},
+    }
+    return found
+
+
+def _numbers(name: str, made: Any) -> dict[str, list[float]]:
+    return {name: [made.value, made.low, made.high]}
+
+
+def _step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
+    """One step as a function; it gives the loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True) if trained else None
+
+    def step() -> float:
+        loss: torch.Tensor = model(**batch).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def _losses_apart(base: nn.Module, targets: list[str], batch: dict[str, torch.Tensor]) -> float:
+    """The largest difference of PEFT's and our loss over the first steps, without dropout."""
+    found: list[list[float]] = []
+    for model in (theirs(base, targets), ours(base, targets)):
+        step = _step(model.eval(), {name: tensor[:4] for name, tensor in batch.items()})
+        found.append([step() for _ in range(LOSSES)])
+    assert found[0][0] != found[0][-1]
+    return max(abs(a - b) for a, b in zip(*found, strict=True))
