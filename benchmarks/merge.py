@@ -60,7 +60,7 @@ def filled(adapted: nn.Module) -> None:
 def with_peft(plain: nn.Module) -> tuple[float, float]:
     """Wall and processor seconds of merge_and_unload."""
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(SHAPES))
-    adapted: Any = peft.get_peft_model(plain, config)  # type: ignore[arg-type]
+    adapted: Any = peft.get_peft_model(plain, config)
     filled(adapted)
     return timed(adapted.merge_and_unload)
 

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from rankwise.methods.hotswap import hotswap
     from rankwise.methods.lora import LoRA
     from rankwise.methods.prefix import PrefixTuning
+    from rankwise.methods.trimming import trim
+    from rankwise.spectrum import Budget, Energy, MaxError, Spectrum, Top
     from rankwise.train.exported import (
         ExportError,
         ExportReport,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
         TorchExport,
         export_model,
     )
+    from rankwise.train.extracting import extract
 
 __version__ = "0.1.0"
 
@@ -127,6 +130,8 @@ _HOMES = {
     "methods.hotswap": ("hotswap",),
     "methods.lora": ("LoRA",),
     "methods.prefix": ("PrefixTuning",),
+    "methods.trimming": ("trim",),
+    "spectrum": ("Budget", "Energy", "MaxError", "Spectrum", "Top"),
     "train.exported": (
         "ExportError",
         "ExportReport",
@@ -134,6 +139,7 @@ _HOMES = {
         "TorchExport",
         "export_model",
     ),
+    "train.extracting": ("extract",),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}
 
@@ -149,10 +155,12 @@ __all__ = [
     "Attachment",
     "BitFit",
     "Bottleneck",
+    "Budget",
     "Certificate",
     "Combined",
     "Concatenate",
     "EffectError",
+    "Energy",
     "EnvironmentFault",
     "ExportError",
     "ExportReport",
@@ -167,6 +175,7 @@ __all__ = [
     "LoftQ",
     "Magnitude",
     "Majority",
+    "MaxError",
     "MergeError",
     "OLoRA",
     "Onnx",
@@ -176,7 +185,9 @@ __all__ = [
     "PiSSA",
     "PrefixTuning",
     "RankwiseError",
+    "Spectrum",
     "Split",
+    "Top",
     "TorchExport",
     "UserError",
     "adapter_of",
@@ -189,6 +200,7 @@ __all__ = [
     "detach",
     "effects",
     "export_model",
+    "extract",
     "hotswap",
     "load_adapter",
     "merge",
@@ -199,6 +211,7 @@ __all__ = [
     "save_adapter",
     "set_active",
     "set_trainable",
+    "trim",
     "unmerge",
     "using",
 ]

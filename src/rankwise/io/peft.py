@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ArtifactError, UserError, gather

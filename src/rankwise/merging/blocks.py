@@ -69,14 +69,15 @@ class Sum:
         """
         low, high = torch.aminmax(self.stored)
         rows, columns = (
-            torch.linalg.vector_norm(f, dim=d).max() for f, d in ((self.left, 1), (self.right, 0))
+            float(torch.linalg.vector_norm(f, dim=d).max())
+            for f, d in ((self.left, 1), (self.right, 0))
         )
-        largest = torch.maximum(-low, high).double() + rows.double() * columns.double()
-        return float(largest) < 0.99 * torch.finfo(self.stored.dtype).max
+        largest = float(torch.maximum(-low, high)) + rows * columns
+        return largest < 0.99 * torch.finfo(self.stored.dtype).max
 
     def norm(self) -> float:
         """‖δ‖ (Frobenius), from the (k, k) products of the factors in float64."""
-        left, right = self.left.double(), self.right.double()
+        left, right = self.left.cpu().double(), self.right.cpu().double()  # mps has no float64
         return float(((left.mT @ left) * (right @ right.mT)).sum().clamp_min(0).sqrt())
 
 

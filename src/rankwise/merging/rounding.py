@@ -277,7 +277,7 @@ def output_bound(
         plain = _on(layer, slab.base.abs(), sizes, slab)
         bias = layer.bias if isinstance(layer, LoRAWrapper) else None
         every.append(
-            plain if bias is None else plain + layer.channels(_wide(bias).abs()[slab.rows])
+            plain if bias is None else plain + layer.channels(_wide(bias[slab.rows]).abs())
         )
         largest = max(
             largest, float(_on(layer, slab.delta, x if looked_up else _wide(x), slab).abs().max())

@@ -96,7 +96,7 @@ def unmergeable_notes(chosen: Sequence[Target]) -> Iterator[str]:
     if rounding:
         yield (
             f"{len(rounding)} adapted layer(s), the first being '{rounding[0].name}' "
-            f"({quantization(rounding[0].site.base)}), round their inputs as well as their weights, "
-            "so this adapter cannot be merged into this base. Save it, load it on the base "
-            "unquantised and merge there; or load the base in 4 bits."
+            f"({quantization(rounding[0].site.base)}), round their inputs as well as their "
+            "weights, so this adapter cannot be merged into this base. Save it, load it on the "
+            "base unquantised and merge there; or load the base in 4 bits."
         )

@@ -19,7 +19,7 @@ from rankwise.train.reporter import Reporter, Silent
 
 __all__ = ["MOST_ROWS", "Budget", "Estimate", "estimate", "largest"]
 
-KEPT = 0.3
+KEPT = 0.5
 """What glibc's heap keeps of freed memory while a step runs, as a share of what comes and goes.
 
 It is no law: benchmarks/estimate.py prints what it was in a few runs.

@@ -36,8 +36,8 @@ def value_map(layers: Sequence[LayerEvidence]) -> Figure | None:
                 axes.barh(row, count, height=0.92, left=first, color=colour, linewidth=0)
             if k := layer.spectrum.holding(0.99):
                 size = min(4.0, height / 3)
-                mark = {"color": INK, "markeredgecolor": RULE, "markeredgewidth": 0.6}
-                axes.plot([k - 0.5], [row], marker="D", markersize=size, **mark)
+                (mark,) = axes.plot([k - 0.5], [row], color=INK, marker="D", markersize=size)
+                mark.set(markeredgecolor=RULE, markeredgewidth=0.6)
         every = max(1, math.ceil(9 / height))
         shown = range(0, len(layers), every)
         axes.set_yticks(list(shown), [_ending(names[i]) for i in shown], fontsize=8.5)
