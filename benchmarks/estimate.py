@@ -23,6 +23,7 @@ WORDS = ("a", "film", "of", "one", "house", "and", "its", "people")
 
 
 def main() -> None:
+    """Print the table, a row when it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=128)
@@ -54,6 +55,7 @@ def both(folder: Path, method: str, batch: int, length: int) -> tuple[int, int]:
 
 
 def run(*words: str) -> str:
+    """What a command prints, in a process of its own."""
     command = [sys.executable, "-m", "rankwise", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -68,7 +70,7 @@ def build(name: str, folder: Path, length: int) -> None:
 
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[END]"}
     names = [*special.values(), *WORDS]
-    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="[UNK]"))
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token=names[1]))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
     config: Any

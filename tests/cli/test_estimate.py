@@ -9,7 +9,18 @@ import pytest
 
 from rankwise.cli.app import main
 
-SMALL = ("--batch-size", "2", "--max-length", "16", "--eval-batch-size", "2", "--dtype", "float32")
+SMALL = (
+    "--pack",
+    "no",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "16",
+    "--eval-batch-size",
+    "2",
+    "--dtype",
+    "float32",
+)
 
 
 def left(*words: str | Path) -> int:
@@ -25,7 +36,14 @@ def test_the_table_and_the_json_agree(bert: Path, capsys: pytest.CaptureFixture[
     assert made["peak"] == max(made["phases"].values())
     assert made["budget"]["bytes"] == 64 << 30
     assert set(made["step"]) == {
-        *("weights", "gradients", "optimiser state", "logits and loss", "activations"),
+        *(
+            "weights",
+            "packed copies",
+            "gradients",
+            "optimiser state",
+            "logits and loss",
+            "activations",
+        ),
     }
     assert left(*words) == 0
     shown = capsys.readouterr().out

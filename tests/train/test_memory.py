@@ -50,7 +50,8 @@ def test_a_run_below_an_earlier_peak_is_not_known(repository: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system hands the peak on")
 def test_what_the_starting_process_held_does_not_count(repository: Path) -> None:
-    code = "held = b'1' * (600 << 20); import subprocess, sys; " + (
+    code = (
+        "held = b'1' * (600 << 20); import subprocess, sys; "
         "sys.exit(subprocess.run([sys.executable, '-c', *sys.argv[1:]]).returncode)"
     )
     words = [sys.executable, "-c", code, CODE, "0", "50"]

@@ -33,6 +33,7 @@ _UNITS |= {f"{prefix}i": 1024**n for n, prefix in enumerate("kmgt", 1)}
     names=(
         *("revision", "task", "dtype", "device", "max_length"),
         *("batch_size", "accumulate", "gradient_checkpointing", "eval_batch_size"),
+        *("base_dropout", "pack"),
     ),
 )
 def command(
@@ -88,10 +89,12 @@ def _text(made: Estimate) -> str:
     from rankwise.lab.words import count, size
 
     told = {
+        "packed copies": "packed copies of frozen weights (--pack no makes none)",
         "gradients": f"gradients so far, of {size(made.gradients)} that all take",
         "activations": "activations, and what operations work on",
     }
-    parts = [[told.get(name, name), size(part)] for name, part in made.step.items()]
+    held = {name: part for name, part in made.step.items() if part or name != "packed copies"}
+    parts = [[told.get(name, name), size(part)] for name, part in held.items()]
     besides = {
         "the process: Python and its libraries": made.overhead,
         "freed memory that the C library keeps (a guess)": made.kept,

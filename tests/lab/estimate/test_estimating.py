@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -97,8 +98,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_a_run_in_a_fresh_process_holds_what_was_estimated(
     kind: str, method: str, model: Callable[[str], Path], tmp_path: Path, repository: Path
 ) -> None:
-    import json
-
     folder = model(kind)
     rows = str(next(folder.glob("rows.*")))
     values: dict[str, Any] = {
@@ -114,6 +113,7 @@ def test_a_run_in_a_fresh_process_holds_what_was_estimated(
         "eval_batch_size": BATCH,
         "max_length": LENGTH,
         "max_steps": 2,
+        "pack": "no",
     }
     if method == "head" and kind != "bert":
         values["modules_to_save"] = "lm_head"
@@ -132,11 +132,12 @@ def test_a_run_in_a_fresh_process_holds_what_was_estimated(
     )
     assert done.returncode == 0, done.stderr
     held = int(done.stdout.split()[-1])
-    assert made.peak - made.overhead - made.kept == pytest.approx(held, rel=0.15)
+    own = made.peak - made.overhead - made.kept
+    assert own == pytest.approx(held, rel=0.15, abs=24 << 20)  # what a run imports on its way
 
 
 def of(folder: Path, budget: int | None = None, **more: Any) -> Estimate:
-    values = {"model": str(folder), "data": "", "out": "", "dtype": "float32", "device": "cpu"}
+    values = {"model": str(folder), "data": "", "out": "", "dtype": "float32", "pack": "no"}
     values |= {"batch_size": 4, "max_length": 32, "eval_batch_size": 4}
     return estimate(make_config(values | more, "test"), budget=budget)
 

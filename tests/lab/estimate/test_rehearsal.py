@@ -41,7 +41,8 @@ def options(folder: Path, method: str = "lora", **more: Any) -> FitConfig:
     language = folder.name != "bert" and method == "head"
     own = {"modules_to_save": "lm_head"} if language else {}
     values = {"model": str(folder), "method": method, "data": "", "out": "", "dtype": "float32"}
-    return make_config(values | {"max_length": 24, "batch_size": 3} | own | more, "test")
+    values |= {"pack": "no", "max_length": 24, "batch_size": 3}
+    return make_config(values | own | more, "test")
 
 
 def really(config: FitConfig, rehearsal: Rehearsal, batch: int) -> tuple[int, int]:
@@ -136,3 +137,14 @@ def test_rows_are_no_longer_than_the_model_takes(bert: Path) -> None:
 def test_the_number_format_of_a_frozen_base_alone_can_be_lowered(bert: Path) -> None:
     with pytest.raises(UserError, match="full fine-tuning trains the base itself"):
         Rehearsal(options(bert, "full", dtype="bfloat16"), 2, CPU)
+
+
+def test_packed_copies_take_twice_the_weights_that_are_packed(bert: Path) -> None:
+    """Whether packing pays is measured, so the layers that are packed are all or some or none."""
+    plain, packed = (Rehearsal(options(bert, pack=choice), 2, CPU) for choice in ("no", "auto"))
+    linear = 2 * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 32  # two blocks, and the pooler
+    assert plain.packed_bytes == 0
+    assert 0 <= packed.packed_bytes <= 2 * 4 * linear
+    assert packed.packed_bytes % (2 * 4 * 32 * 32) == 0
+    more = sum(packed.step(2).values()) - sum(plain.step(2).values())
+    assert more == packed.packed_bytes

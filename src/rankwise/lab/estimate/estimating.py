@@ -10,7 +10,6 @@ import torch
 
 from rankwise.errors import UserError
 from rankwise.lab.estimate.live import Part
-from rankwise.lab.estimate.overhead import of_process
 from rankwise.lab.estimate.rehearsal import Rehearsal
 from rankwise.train.config import FitConfig
 from rankwise.train.manifest import method_record
@@ -132,7 +131,6 @@ def estimate(
     device = choose_device(config.device)
     rehearsal = Rehearsal(config, labels, device)
     on_gpu = device.type == "cuda"
-    overhead = 0 if on_gpu else of_process(rehearsal.task)
     watcher.note(f"Rehearsing a step of {config.batch_size} rows of {rehearsal.length} tokens.")
     step = rehearsal.step(config.batch_size)
     notes = list(rehearsal.notes)
@@ -151,7 +149,7 @@ def estimate(
         gradients=rehearsal.gradient_bytes,
         evaluation=sum(rehearsal.evaluation(config.eval_batch_size).values()),
         loading=0 if on_gpu else _loading(rehearsal),
-        overhead=overhead,
+        overhead=0 if on_gpu else rehearsal.process_bytes,
         kept=_kept(step, device),
         budget=None,
         notes=tuple(notes),

@@ -19,6 +19,7 @@ class Part(enum.Enum):
     """What memory is for."""
 
     WEIGHTS = "weights"
+    PACKED = "packed copies"
     GRADIENTS = "gradients"
     OPTIMIZER = "optimiser state"
     LOGITS = "logits and loss"

@@ -21,8 +21,11 @@ from torch.utils._pytree import tree_leaves
 from rankwise.attaching import attachment
 from rankwise.data.encode import Encoded
 from rankwise.errors import UserError
+from rankwise.kernels import PlainLinear
 from rankwise.lab.estimate.live import Live, Part
-from rankwise.layers import LoRAHost
+from rankwise.lab.estimate.overhead import of_process
+from rankwise.layers import LoRAHost, optimize_frozen
+from rankwise.layers.fusing import frozen_linear
 from rankwise.targets import find_head
 from rankwise.train.checkpoint import Progress
 from rankwise.train.config import FitConfig
@@ -44,6 +47,9 @@ _NO_SHAPES = (
 )
 
 
+_MEASURED = 1 << 26  # numbers of the largest weight that is made to be measured
+
+
 class Rehearsal:
     """A run made ready without a weight, whose steps say what they hold.
 
@@ -62,6 +68,8 @@ class Rehearsal:
         notes: what the method has to say to the user.
         base_bytes: of the model with its head as it is loaded, in float32.
         gradient_bytes: of the gradients of everything that trains.
+        process_bytes: of Python and the libraries in this process.
+        packed_bytes: of the packed copies that frozen layers get where that is faster here.
 
     Raises:
         UserError: the model, its task, the method and the number format do not fit together.
@@ -72,6 +80,7 @@ class Rehearsal:
     def __init__(self, config: FitConfig, labels: int, device: torch.device) -> None:
         model: Any
         model, self.task = make_skeleton(config.model, config.task, labels, config.revision)
+        self.process_bytes = of_process(self.task)
         model.to(torch.float32).config.pad_token_id = 0
         base = Base(model, None, config.model, "", (), longest(model))  # type: ignore[arg-type]
         self._config, self._device = config, device
@@ -80,6 +89,9 @@ class Rehearsal:
         told = _Notes()
         self.choice: Choice = equip(config, base, device, None, told)
         self.notes = tuple(told.texts)
+        packs = config.pack == "auto" and config.method != "full" and device.type == "cpu"
+        tokens = config.batch_size * self.length
+        self.packed_bytes = _packed_bytes(model, tokens) if packs else 0
         self._fake, self._live = FakeTensorMode(), Live()
         self._begun = False
         kept = attachment(model).originals.values()  # in memory as well, though no part of it
@@ -87,9 +99,11 @@ class Rehearsal:
             _place([model, *kept], device)
             held = self._rows(1)
             self._loop = Loop(model, held, held, config, "", Path(), lambda _: None, Silent())
+            self._packed = torch.empty(self.packed_bytes, dtype=torch.uint8, device=device)
         self.gradient_bytes = sum(p.nbytes for p in self._loop.parameters.values())
         for module in (model, *kept):
             self._live.mark([*module.parameters(), *module.buffers()], Part.WEIGHTS)
+        self._live.mark([self._packed], Part.PACKED)
         self._watch(model)
 
     def step(self, batch: int) -> Mapping[Part, int]:
@@ -170,6 +184,26 @@ class Rehearsal:
 
     def _back_from_head(self, _: Tensor) -> None:
         self._live.phase = Part.ACTIVATIONS
+
+
+def _packed_bytes(model: nn.Module, rows: int) -> int:
+    """What a run adds by packing frozen layers, measured as it would on layers of their shapes.
+
+    A very large weight is measured by a part of it.
+    """
+    worth: dict[tuple[object, ...], bool] = {}
+    size = 0
+    for module in model.modules():
+        plain = frozen_linear(module)
+        if not isinstance(plain, PlainLinear):
+            continue
+        out, into = plain.weight.shape
+        shape = (out, into, plain.weight.dtype)
+        if shape not in worth:
+            small = nn.Linear(into, min(out, _MEASURED // into), False, dtype=plain.weight.dtype)
+            worth[shape] = bool(optimize_frozen(small.requires_grad_(False), rows).packed)
+        size += 2 * plain.weight.nbytes * worth[shape]
+    return size
 
 
 class _Notes(Silent):
