@@ -22,7 +22,7 @@ def rows() -> Iterator[dict[str, Any]]:
             "Llama 4 × 512, bfloat16",
             small,
             batch_of(1, 32, 32_000, None),
-            "model.embed_tokens",
+            "model.layers.0.input_layernorm",
         ),
     ]
     for kind, on, base, batch, first in cases:

@@ -78,9 +78,9 @@ def ours(base: nn.Module, targets: list[str], r: int = 8) -> nn.Module:
 
 def theirs(base: nn.Module, targets: list[str], r: int = 8, **more: Any) -> nn.Module:
     """A copy of the base with PEFT's updates, the same numbers in them as in :func:`ours`."""
-    config = peft.LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=targets, exclude_modules=r".*pooler\.dense"
-    )
+    pooled = any(n.endswith("pooler.dense") for n, _ in base.named_modules())
+    skip = r".*pooler\.dense" if pooled else None
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, exclude_modules=skip)
     model: Any = peft.get_peft_model(copy.deepcopy(base), config, **more).train()
     state = {n: p for n, p in ours(base, targets, r).named_parameters() if "lora_" in n}
     for name, parameter in model.named_parameters():

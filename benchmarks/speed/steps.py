@@ -36,7 +36,7 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
                 targets,
                 batch,
                 rounds,
-                "model.embed_tokens",
+                "model.layers.0.input_layernorm",
             )
 
 

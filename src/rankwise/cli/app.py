@@ -32,6 +32,7 @@ COMMANDS = {
     "count": "Count what every method would train on a model, without loading a weight.",
     "plan": "Show which layers a method would adapt, their r and α, and what that costs.",
     "estimate": "Estimate the memory that training needs, and the largest batch within a budget.",
+    "latency": "Time forward passes: plain, merged, and with each kind of adapter.",
     "compare": "Train every method at every rank under one schedule, and report what differs.",
     "theory": "Train updates of every rank on a linear layer, beside the bounds that hold there.",
     "demo": "Try LoRA on a real encoder and real text, on this machine, in minutes.",

@@ -1,4 +1,4 @@
-"""A transformers model of some task on the meta device, made from its config alone."""
+"""A transformers model of some task, made from its config alone: without weights, or random."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ __all__ = ["make_skeleton", "task_of"]
 
 
 def make_skeleton(
-    source: str, task: str = "auto", labels: int = 2, revision: str | None = None
+    source: str,
+    task: str = "auto",
+    labels: int = 2,
+    revision: str | None = None,
+    device: str = "meta",
 ) -> tuple[nn.Module, str]:
-    """The model without weights, every tensor on the meta device, and its task.
+    """The model without its weights, and its task.
 
     Args:
         source: a folder with a config.json, the file itself under any name, or a name on a hub.
@@ -33,6 +37,7 @@ def make_skeleton(
             the config does, or classification.
         labels: classes of a classification head.
         revision: branch, tag or commit of a hub model.
+        device: "meta" for tensors without numbers; on any other the weights are random.
 
     Raises:
         UserError: there is no such folder or file, transformers does not know the architecture, or
@@ -49,7 +54,7 @@ def make_skeleton(
     elif known == "regression":
         settings.num_labels = 1
     try:
-        with torch.device("meta"), quiet_transformers():
+        with torch.device(device), quiet_transformers():
             return getattr(transformers, AUTO_CLASSES[known]).from_config(settings), known
     except ValueError as error:
         first = str(error).strip().splitlines()[0].partition(" Model type should be")[0]

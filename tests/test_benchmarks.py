@@ -1,0 +1,55 @@
+"""What `make bench` counts and how it compares; times themselves are never asserted."""
+
+import pytest
+import torch
+from benchmarks.speed.__main__ import line
+from benchmarks.speed.memory import kept
+from benchmarks.speed.models import LINEAR, batch_of, floor, llama, ours, theirs
+from benchmarks.speed.timing import alternate, ratio
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # PEFT's
+
+
+@pytest.mark.parametrize("layers", list(LINEAR["llama"]))
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.5), (torch.float32, 1.0)])
+def test_bytes_kept_for_backward_beside_peft(layers: str, dtype: torch.dtype, most: float) -> None:
+    base = llama(1, 128, dtype)
+    batch = batch_of(1, 16, 32_000, None)
+    targets = LINEAR["llama"][layers]
+    low = kept(floor(base, "model.layers.0.input_layernorm"), batch)
+    peft, own = (kept(make(base, targets), batch) - low for make in (theirs, ours))
+    assert 0 < own <= most * peft
+
+
+def test_both_begin_with_the_same_numbers() -> None:
+    base = llama(1, 128, torch.float32)
+    batch = batch_of(1, 16, 32_000, None)
+    one, other = (make(base, LINEAR["llama"]["all linear"]).eval() for make in (theirs, ours))
+    for _ in range(3):
+        losses = [model(**batch).loss for model in (one, other)]
+        torch.testing.assert_close(*losses)
+        for model, loss in zip((one, other), losses, strict=True):
+            loss.backward()
+            with torch.no_grad():
+                for p in (p for p in model.parameters() if p.requires_grad):
+                    p.sub_(p.grad, alpha=5.0)
+                    p.grad = None
+
+
+def test_every_round_runs_every_program_once() -> None:
+    calls: list[str] = []
+    seconds = alternate({n: lambda n=n: calls.append(n) for n in ("a", "b")}, 4)
+    assert [sorted(calls[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
+    assert [len(s) for s in seconds.values()] == [4, 4]
+
+
+def test_a_ratio_is_of_rounds_and_has_an_interval() -> None:
+    made = ratio([2.0, 4.0, 60.0], [1.0, 2.0, 3.0])
+    assert (made.low, made.value, made.high) == (2.0, 2.0, 20.0)
+
+
+def test_a_row_in_markdown() -> None:
+    row = {"measure": "m", "on": "here", "ratio": [1.5, 1.25, 2.0], "bytes": {"a": 1200}}
+    assert line(row).split("|")[3:] == [" 1.50 (1.25-2.00) ", " bytes a 1,200 ", ""]
