@@ -29,7 +29,7 @@ def command(
     ] = None,
     **options: Any,
 ) -> None:
-    """Find the smallest rank that is as good as a generous one, and print a config for it.
+    """Find the smallest rank that is as good as a generous one, and a config for it.
 
     A probe of a generous rank is trained on a part of the training rows. Its singular values say
     what can be cut; the cuts are tried on the rest of the training rows, once with one rank for all

@@ -39,7 +39,7 @@ def command(
     ] = False,
     **options: Any,
 ) -> None:
-    """Train every method at every rank under the same data and schedule, and report what differs.
+    """Train every method at every rank under one schedule, and report what differs.
 
     Full fine-tuning, the head alone, BitFit, bottleneck adapters, prefix tuning and LoRA over its
     ranks. The learning rate of each comes from the same small search on rows set aside from the

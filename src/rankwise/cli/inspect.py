@@ -48,7 +48,7 @@ def command(
         bool, typer.Option("--allow-pickle", help="Open .bin, .pt and the like, as tensors only.")
     ] = False,
 ) -> None:
-    """Show the singular values of an adapter, layer by layer, and what rank they say it uses.
+    """Show an adapter's singular values, layer by layer, and what rank it uses.
 
     For every layer: ‖δ‖, the stable and the entropy rank, the ranks that hold 90, 99 and 99.9 % of
     the energy, and the rank behind which the singular values fall most. With the base (a run knows

@@ -1,4 +1,4 @@
-"""`rankwise latency`: what a forward pass costs with each kind of adapter, beside the plain model."""
+"""`rankwise latency`: what a forward pass costs with each kind of adapter, and merged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def command(
     ] = "runs/latency",
     **options: Any,
 ) -> None:
-    """Time forward passes: plain, merged, LoRA unmerged, bottleneck adapters, and a prefix.
+    """Time forward passes: plain, merged, and with each kind of adapter.
 
     All are timed in turn in one process, at each batch size and length. That a merged model costs
     nothing is shown by what it runs: the same modules, operators and floating-point operations.

@@ -1,4 +1,4 @@
-"""What a forward pass costs with each kind of adapter, and that a merged model costs nothing more."""
+"""What a forward pass costs with each kind of adapter, and that a merged one costs nothing."""
 
 from rankwise.lab.latency.page import findings
 from rankwise.lab.latency.records import Interval, LatencyRecord, Sameness, Sizes, Timing, Variant

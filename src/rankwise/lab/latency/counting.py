@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rankwise.lab.latency.records import Sameness
 from rankwise.merging import Certificate
 
 __all__ = ["Counts", "count_pass", "sameness"]
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Counts:
 
 def count_pass(model: nn.Module, inputs: Mapping[str, Tensor]) -> Counts:
     """Run a forward pass and count what it runs."""
-    flops, operators = FlopCounterMode(display=False), _Operators()
+    flops, operators = FlopCounterMode(display=False, custom_mapping=_MORE), _Operators()
     with torch.no_grad(), flops, operators:
         model(**inputs)
     return Counts(dict(operators.found), flops.get_total_flops())
@@ -53,6 +55,21 @@ def sameness(
         tolerance=checked.tolerance,
         effect=checked.effect,
     )
+
+
+def _addmm(_: Shape, a: Shape, b: Shape, *_args: object, **_kwargs: object) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _attention(q: Shape, k: Shape, v: Shape, *_args: object, **_kwargs: object) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+# what torch's counter passes over, from the shapes of the arguments
+_MORE = {
+    torch.ops.aten.addmm_: _addmm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
 
 
 class _Operators(TorchDispatchMode):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["overhead", "passes"]
 
+_DECADES = 100  # times that differ by more stand on a logarithmic axis
 _WIDTH = 0.7  # of a size's place on the axis, shared by the variants
 
 
@@ -69,15 +70,23 @@ def passes(record: LatencyRecord) -> Figure:
     """The median time of a pass at each size."""
     styles = _styles(record)
 
+    medians = {
+        name: [1000 * record.seconds(name, *cell).middle for cell in record.cells]
+        for name in styles
+    }
+    every = [time for times in medians.values() for time in times]
+
     def paint(axes: Axes) -> None:
-        axes.set_yscale("log")
-        for name, style in styles.items():
-            times = [1000 * record.seconds(name, *cell).middle for cell in record.cells]
+        if max(every) > _DECADES * min(every):
+            axes.set_yscale("log")
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        else:
+            axes.set_ylim(0, 1.08 * max(every))
+        for style, times in zip(styles.values(), medians.values(), strict=True):
             axes.plot(
                 range(len(times)), times, **style.line(), marker=style.marker, markersize=4.5, lw=1
             )
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _sizes_axis(axes, record, "milliseconds")
 
     rows = [
@@ -90,7 +99,7 @@ def passes(record: LatencyRecord) -> Figure:
         name="passes",
         title="Time of a forward pass",
         alt="Lines of the median time of a forward pass over batch sizes and lengths, one for each "
-        "variant, on a logarithmic axis.",
+        "variant.",
         caption="Median over the rounds.",
         svg=render("passes", 300, paint),
         key=tuple(Key(name, style.swatch()) for name, style in styles.items()),

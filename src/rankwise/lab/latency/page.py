@@ -72,11 +72,10 @@ def findings(record: LatencyRecord) -> list[str]:
             continue
         ratios = {cell: record.ratio(variant.name, *cell) for cell in record.cells}
         worst, best = (pick(ratios, key=lambda c: ratios[c].middle) for pick in (max, min))
-        sentences.append(
-            f"{variant.name}: {over(ratios[best])} % over plain at {_size(best)}"
-            + (f", {over(ratios[worst])} % at {_size(worst)}" if worst != best else "")
-            + "."
-        )
+        least = f"{over(ratios[best])} % over plain at {_size(best)}"
+        most = f" to {over(ratios[worst])} % at {_size(worst)}"
+        one = worst == best
+        sentences.append(f"{variant.name}: {least}." if one else f"{variant.name}: {least}{most}.")
     return sentences
 
 

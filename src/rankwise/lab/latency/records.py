@@ -55,7 +55,7 @@ class Variant:
         name: for a reader.
         added: parameters beside those of the plain model.
         operators: that a forward pass runs, of the first size.
-        flops: of its matrix products, as torch.utils.flop_counter counts them.
+        flops: of its matrix products and attention, by torch.utils.flop_counter.
     """
 
     name: str

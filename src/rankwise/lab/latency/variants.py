@@ -58,7 +58,8 @@ def make_models(plain: nn.Module, config: FitConfig, probe: dict[str, Tensor]) -
         "prefix": {"method": "prefix"},
     }
     lora = config.model_copy(update=frozen | {"method": "lora"})
-    models = {PLAIN: plain, MERGED: _adapted(plain, lora), UNMERGED: _adapted(plain, lora)}
+    unmerged = _adapted(plain, lora)
+    models = {PLAIN: plain, MERGED: _copied(unmerged), UNMERGED: unmerged}
     notes: list[str] = []
     for name, values in kinds.items():
         options = config.model_copy(update=frozen | values | {"target_modules": None})
@@ -69,24 +70,28 @@ def make_models(plain: nn.Module, config: FitConfig, probe: dict[str, Tensor]) -
     added = {
         name: sum(p.numel() for update in updates_of(model).values() for p in update.trained())
         for name, model in models.items()
+        if name != PLAIN
     }
     certificate = merge(models[MERGED], keep=False, probe=probe)
     for model in models.values():
         model.eval()
-    return Models(models, added | {MERGED: 0}, certificate, tuple(notes))
+    return Models(models, added | {PLAIN: 0, MERGED: 0}, certificate, tuple(notes))
+
+
+def _copied(model: nn.Module) -> Any:
+    """Modules of its own around the same tensors."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def _adapted(plain: nn.Module, config: FitConfig) -> nn.Module:
-    """A copy of the model with a method attached; the same random numbers at each call."""
-    shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
-    model: Any = copy.deepcopy(plain, shared)
+    """A copy of the model with a method attached, its effect not zero."""
+    model = _copied(plain)
     base = Base(model, None, config.model, "", (), None)  # type: ignore[arg-type]
     attach(model, make_method(config, base))
-    generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for update in updates_of(model).values():
-            tensors = [update.lora_B] if isinstance(update, LowRank) else list(update.trained())
+            tensors = [update.lora_B] if isinstance(update, LowRank) else update.trained()
             for tensor in tensors:
-                drawn = torch.randn(tensor.shape, generator=generator) * _SPREAD
-                tensor.add_(drawn.to(tensor))
+                tensor.add_(torch.randn_like(tensor) * _SPREAD)
     return model
