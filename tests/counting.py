@@ -25,9 +25,9 @@ class Kernels(TorchDispatchMode):
         shares = isinstance(result, Tensor) and any(
             isinstance(a, Tensor) and a.data_ptr() == result.data_ptr() for a in args
         )
-        if not shares:
+        if not shares or func._schema.is_mutable:  # what works in place computes too
             self.calls += 1
-            if isinstance(result, Tensor) and result.dtype is torch.float32:
+            if not shares and isinstance(result, Tensor) and result.dtype is torch.float32:
                 self.wide += result.nbytes
         return result
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from rankwise.errors import RankwiseError
 
 _transforms = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
+_has_autocast = torch.amp.is_autocast_available
 _tracing = torch._C._is_tracing  # pyright: ignore[reportPrivateUsage]
 
 __all__ = ["Branch", "Frozen", "adapted_linear", "can_fuse"]
@@ -48,7 +49,7 @@ def can_fuse(x: Tensor, weight: Tensor) -> bool:
         x.dtype is weight.dtype
         and x.dtype.is_floating_point
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (_has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type))
         and not _transforms()
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         and not _tracing()
