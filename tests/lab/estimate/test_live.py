@@ -11,7 +11,7 @@ KB = 1024
 
 
 def total(live: Live) -> int:
-    return sum(live.peak.values())
+    return live.peak.total
 
 
 def test_a_storage_counts_once_and_until_it_is_freed() -> None:
@@ -43,11 +43,21 @@ def test_the_peak_of_a_backward_pass_is_what_it_holds_at_once() -> None:
         assert x.grad is not None
         # x, y and the gradient, and the sum with its own gradient, of 4 bytes each
         assert total(live) <= 3 * KB + 8
-        assert live.peak[Part.WEIGHTS] == KB
+        assert live.peak.parts[Part.WEIGHTS] == KB
         live.mark([x.grad], Part.GRADIENTS)
         live.begin()
-        assert live.peak[Part.GRADIENTS] == KB
-        assert live.peak[Part.ACTIVATIONS] == 0
+        assert live.peak.parts[Part.GRADIENTS] == KB
+        assert live.peak.parts[Part.ACTIVATIONS] == 0
+
+
+def test_the_busiest_moment_of_activations_need_not_be_the_peak() -> None:
+    live = Live()
+    with FakeTensorMode(), live:
+        a = torch.empty(512)
+        del a
+        live.phase = Part.LOGITS
+        _ = torch.empty(1024)
+    assert (live.peak.total, live.peak.busiest) == (4 * KB, 2 * KB)
 
 
 def test_new_tensors_belong_to_the_phase() -> None:
@@ -56,7 +66,7 @@ def test_new_tensors_belong_to_the_phase() -> None:
         a = torch.empty(256)
         live.phase = Part.LOGITS
         b = a * 2
-        assert live.peak[Part.ACTIVATIONS] == live.peak[Part.LOGITS] == b.nbytes == KB
+        assert live.peak.parts[Part.ACTIVATIONS] == live.peak.parts[Part.LOGITS] == b.nbytes == KB
 
 
 def test_a_number_that_is_asked_for_is_one() -> None:

@@ -64,12 +64,12 @@ def really(config: FitConfig, rehearsal: Rehearsal, batch: int) -> tuple[int, in
         loop.update(passes)
         live.begin()
         loop.update(passes)
-        step = sum(live.peak.values())
+        step = live.peak.total
         model.eval()
         live.begin()
         with torch.no_grad():
             row_losses(model, rows.batch(list(range(batch))), task)
-    return step, sum(live.peak.values())
+    return step, live.peak.total
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
@@ -81,7 +81,7 @@ def test_a_step_holds_what_it_holds_on_real_tensors(
     step = rehearsal.step(3)
     evaluation = rehearsal.evaluation(3)
     real = really(config, rehearsal, 3)
-    found = sum(step.values()), sum(evaluation.values())
+    found = step.total, evaluation.total
     assert found == pytest.approx(real, rel=0.01)
 
 
@@ -99,14 +99,14 @@ def test_a_step_holds_what_it_holds_on_real_tensors(
 def test_options_change_both_alike(more: dict[str, Any], llama: Path) -> None:
     config = options(llama, **more)
     rehearsal = Rehearsal(config, 2, CPU)
-    found = sum(rehearsal.step(3).values()), sum(rehearsal.evaluation(3).values())
+    found = rehearsal.step(3).total, rehearsal.evaluation(3).total
     assert found == pytest.approx(really(config, rehearsal, 3), rel=0.01)
 
 
 def test_the_parts_are_those_of_counting(gpt2: Path) -> None:
     config = options(gpt2, "full")
     rehearsal = Rehearsal(config, 2, CPU)
-    step = rehearsal.step(2)
+    step = rehearsal.step(2).parts
     (counted,) = count_model(config, methods=["full"]).methods
     assert rehearsal.gradient_bytes == counted.gradient_bytes
     assert step[Part.OPTIMIZER] == pytest.approx(counted.optimizer_bytes, rel=0.01)  # and steps
@@ -118,13 +118,13 @@ def test_the_parts_are_those_of_counting(gpt2: Path) -> None:
 
 def test_a_larger_batch_holds_more_and_a_smaller_one_the_same_as_before(bert: Path) -> None:
     rehearsal = Rehearsal(options(bert), 2, CPU)
-    sizes = [sum(rehearsal.step(batch).values()) for batch in (2, 8, 2)]
+    sizes = [rehearsal.step(batch).total for batch in (2, 8, 2)]
     assert sizes[0] == sizes[2] < sizes[1]
 
 
 def test_checkpointing_keeps_fewer_activations(llama: Path) -> None:
     plain, lean = (
-        Rehearsal(options(llama, gradient_checkpointing=on, max_length=96), 2, CPU).step(8)
+        Rehearsal(options(llama, gradient_checkpointing=on, max_length=96), 2, CPU).step(8).parts
         for on in (False, True)
     )
     assert lean[Part.ACTIVATIONS] < 0.8 * plain[Part.ACTIVATIONS]
@@ -146,5 +146,5 @@ def test_packed_copies_take_twice_the_weights_that_are_packed(bert: Path) -> Non
     assert plain.packed_bytes == 0
     assert 0 <= packed.packed_bytes <= 2 * 4 * linear
     assert packed.packed_bytes % (2 * 4 * 32 * 32) == 0
-    more = sum(packed.step(2).values()) - sum(plain.step(2).values())
+    more = packed.step(2).total - plain.step(2).total
     assert more == packed.packed_bytes

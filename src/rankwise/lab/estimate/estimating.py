@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rankwise.errors import UserError
-from rankwise.lab.estimate.live import Part
+from rankwise.lab.estimate.live import Part, Peak
 from rankwise.lab.estimate.rehearsal import Rehearsal
 from rankwise.train.config import FitConfig
 from rankwise.train.manifest import method_record
@@ -19,7 +19,7 @@ from rankwise.train.reporter import Reporter, Silent
 __all__ = ["MOST_ROWS", "Budget", "Estimate", "estimate", "largest"]
 
 KEPT = 0.5
-"""What glibc's heap keeps of freed memory while a step runs, as a share of what comes and goes.
+"""What glibc's heap holds in holes while a step runs, as a share of what is alive in it.
 
 It is no law: benchmarks/estimate.py prints what it was in a few runs.
 """
@@ -65,8 +65,8 @@ class Estimate:
         loading: the peak before the first step, while the model is read and cast.
         overhead: what the process holds besides: Python and the libraries. 0 on a GPU, whose
             memory holds none of them.
-        kept: what the C library is likely to keep of freed memory during a step, ``KEPT`` of its
-            gradients and activations. 0 where it is not glibc's heap that keeps it.
+        kept: what the C library is likely to keep of freed memory during a step; see ``KEPT``. 0
+            where it is not glibc's heap that keeps it.
         budget: what fits; None where no budget was given.
         notes: what a user should know.
     """
@@ -145,9 +145,9 @@ def estimate(
         batch=config.batch_size,
         eval_batch=config.eval_batch_size,
         length=rehearsal.length,
-        step={part.value: step[part] for part in Part},
+        step={part.value: step.parts[part] for part in Part},
         gradients=rehearsal.gradient_bytes,
-        evaluation=sum(rehearsal.evaluation(config.eval_batch_size).values()),
+        evaluation=rehearsal.evaluation(config.eval_batch_size).total,
         loading=0 if on_gpu else _loading(rehearsal),
         overhead=0 if on_gpu else rehearsal.process_bytes,
         kept=_kept(step, device),
@@ -170,15 +170,19 @@ def _loading(rehearsal: Rehearsal) -> int:
     return rehearsal.base_bytes * 3 // 2 if half else rehearsal.base_bytes
 
 
-def _kept(step: Mapping[Part, int], device: torch.device) -> int:
-    """What the heap is likely to keep of a step's freed memory; logits are mapped apart from it."""
+def _kept(step: Peak, device: torch.device) -> int:
+    """What glibc's heap is likely to hold of a step beyond what is alive at its peak.
+
+    It grows to what the busiest moment needs and KEPT of that in holes, and seldom shrinks within
+    a step. Logits are so large that they are mapped apart from it, and given back.
+    """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return 0
-    return int(KEPT * (step[Part.GRADIENTS] + step[Part.ACTIVATIONS]))
+    return int((1 + KEPT) * step.busiest) - step.parts[Part.ACTIVATIONS]
 
 
-def _held(step: Mapping[Part, int], device: torch.device) -> int:
-    return sum(step.values()) + _kept(step, device)
+def _held(step: Peak, device: torch.device) -> int:
+    return step.total + _kept(step, device)
 
 
 def _within(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Live", "Part"]
+__all__ = ["Live", "Part", "Peak"]
 
 
 class Part(enum.Enum):
@@ -24,6 +25,24 @@ class Part(enum.Enum):
     OPTIMIZER = "optimiser state"
     LOGITS = "logits and loss"
     ACTIVATIONS = "activations"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What was held at the moment when most was.
+
+    Attributes:
+        parts: bytes of each part at that moment.
+        busiest: the most bytes of activations at any moment, not only then.
+    """
+
+    parts: Mapping[Part, int]
+    busiest: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
 
 
 class Live(TorchDispatchMode):
@@ -41,16 +60,17 @@ class Live(TorchDispatchMode):
         self.phase = Part.ACTIVATIONS
         self._bytes = dict.fromkeys(Part, 0)
         self._peak: Mapping[Part, int] = dict(self._bytes)
+        self._busiest = 0
         self._entries: dict[int, tuple[Part, int, weakref.ref[Any]]] = {}
 
     @property
-    def peak(self) -> Mapping[Part, int]:
+    def peak(self) -> Peak:
         """What was held at the moment when most was, since :meth:`begin`."""
-        return self._peak
+        return Peak(self._peak, self._busiest)
 
     def begin(self) -> None:
         """Look for the peak from here on."""
-        self._peak = dict(self._bytes)
+        self._peak, self._busiest = dict(self._bytes), self._bytes[Part.ACTIVATIONS]
 
     def mark(self, tensors: Iterable[Tensor], part: Part) -> None:
         """Say what these tensors are for; those not seen before are counted from now on."""
@@ -85,6 +105,7 @@ class Live(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         self._entries[key] = (part, size, weakref.ref(storage, lambda _: self._free(key)))
         self._bytes[part] += size
+        self._busiest = max(self._busiest, self._bytes[Part.ACTIVATIONS])
         if sum(self._bytes.values()) > sum(self._peak.values()):
             self._peak = dict(self._bytes)
 

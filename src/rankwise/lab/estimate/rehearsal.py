@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rankwise.attaching import attachment
 from rankwise.data.encode import Encoded
 from rankwise.errors import UserError
 from rankwise.kernels import PlainLinear
-from rankwise.lab.estimate.live import Live, Part
+from rankwise.lab.estimate.live import Live, Part, Peak
 from rankwise.lab.estimate.overhead import of_process
 from rankwise.layers import LoRAHost, optimize_frozen
 from rankwise.layers.fusing import frozen_linear
@@ -106,7 +106,7 @@ class Rehearsal:
         self._live.mark([self._packed], Part.PACKED)
         self._watch(model)
 
-    def step(self, batch: int) -> Mapping[Part, int]:
+    def step(self, batch: int) -> Peak:
         """What is held at the peak of an optimiser step over passes of so many rows.
 
         Raises:
@@ -126,7 +126,7 @@ class Rehearsal:
         self._begun = True
         return live.peak
 
-    def evaluation(self, batch: int) -> Mapping[Part, int]:
+    def evaluation(self, batch: int) -> Peak:
         """What is held at the peak of an evaluation pass over so many rows.
 
         Raises:
