@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.speed import fits, memory, steps, verbs
+from benchmarks.speed import fits, loss, memory, steps, verbs
 from transformers import logging
 
 from rankwise.train.manifest import surroundings
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "steps": steps.rows,
     "memory": lambda _rounds: memory.rows(),
     "verbs": verbs.rows,
+    "loss": loss.rows,
 }
 
 

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from rankwise.data.batches import BatchPlan, collate
 from rankwise.data.encode import Encoded
 from rankwise.errors import EnvironmentFault
+from rankwise.train import language
 from rankwise.train.answers import Answers
 from rankwise.train.frozen_cache import HIDDEN, Kept
+from rankwise.train.language import POSITIONS, positions
 from rankwise.train.metrics import score
 from rankwise.train.precision import allocation_failed
 from rankwise.train.reporter import Reporter, Silent
@@ -46,35 +48,39 @@ class Rows:
         """The tensors of these rows, on the device."""
         made = collate(self.encoded, indices, self.pad_id)
         batch = {name: tensor.to(self.device) for name, tensor in made.items()}
+        if self.task == "causal-lm" and self.encoded.labels is not None:
+            at = positions(self.encoded, indices, made["input_ids"].shape[1])
+            batch[POSITIONS] = torch.tensor(at, dtype=torch.int64, device=self.device)
         if self.kept is not None:
             batch[HIDDEN] = self.kept.get(indices, batch["attention_mask"])
         return batch
 
 
-def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, Tensor]:
-    """The sum of a batch's losses (a scalar with a gradient) and the model's logits, in float32.
+def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> Tensor:
+    """The sum of a batch's losses in float32, a scalar with a gradient.
 
-    Sums, so that a batch cut into parts gives the same gradient as the whole.
+    A sum, so that a batch cut into parts gives the same gradient as the whole.
     """
-    losses, logits = row_losses(model, batch, task)
-    return losses.sum(), logits
+    if task == "causal-lm":
+        return language.summed_loss(model, batch)
+    return row_losses(model, batch, task)[0].sum()
 
 
-def row_losses(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, Tensor]:
+def row_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], task: str
+) -> tuple[Tensor, Tensor | None]:
     """The loss of each row of a batch, (rows,), and the model's logits, in float32.
 
     Cross-entropy for classification, squared error for regression; for a language model the sum of
     the cross-entropies of each token given those before it, over the tokens whose label is not
-    -100.
+    -100, and no logits.
     """
+    if task == "causal-lm":
+        return language.row_losses(model, batch), None
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     result: Any = model(**inputs)
     logits: Tensor = result.logits.float()
     labels = batch["labels"]
-    if task == "causal-lm":
-        flat = logits[:, :-1].reshape(-1, logits.shape[-1])
-        each = F.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="none")
-        return each.view(len(labels), -1).sum(dim=1), logits
     if task == "regression":
         return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="none"), logits
     return F.cross_entropy(logits, labels, reduction="none"), logits
@@ -126,7 +132,7 @@ def _run(
                         raise
                     pending.extend(_halves(indices, error))
                     continue
-                if rows.task != "causal-lm":
+                if logits is not None:
                     kept.update(zip(indices, logits.cpu().numpy(), strict=True))
                 done += len(indices)
                 watcher.advance(done, {})
@@ -149,11 +155,12 @@ def _mean(losses: NDArray[np.float64], rows: Rows) -> float:
 
 def _pass(
     model: nn.Module, rows: Rows, indices: list[int]
-) -> tuple[float | NDArray[np.float32], Tensor]:
+) -> tuple[float | NDArray[np.float32], Tensor | None]:
     """The losses of some rows, 0 where they have no labels, and their logits."""
     batch = rows.batch(indices)
     if "labels" not in batch:
-        return 0.0, model(**batch).logits.float()
+        logits = model(**batch).logits.float()
+        return 0.0, None if rows.task == "causal-lm" else logits
     losses, logits = row_losses(model, batch, rows.task)
     return losses.cpu().numpy(), logits
 

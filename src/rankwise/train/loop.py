@@ -232,8 +232,7 @@ class Loop:
         for rows in passes:
             for first in range(0, len(rows), self.progress.micro_batch):
                 part = rows[first : first + self.progress.micro_batch]
-                summed, _ = batch_loss(self.model, self.train_rows.batch(part), task)
-                loss = summed / weight
+                loss = batch_loss(self.model, self.train_rows.batch(part), task) / weight
                 loss.backward()
                 total += loss.item()
         return total

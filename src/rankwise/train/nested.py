@@ -19,10 +19,11 @@ __all__ = ["Nested"]
 class Nested:
     """Shows a model with the first k of its ranks, k drawn anew for each step.
 
-    k is uniform on 1..r and follows from the seed and the step alone; where layers have different
-    ranks each shows the same share of its own. s = α/r stays what it is, so that the first k rows
-    of A and columns of B are the update of rank k, as they stand (Valipour et al. 2022, arXiv
-    2210.07558; docs/math.md (28)).
+    k = ⌊(r + 1)^u⌋ with u uniform on [0, 1), so that every doubling of the rank has an equal share
+    of the steps; it follows from the seed and the step alone. Where layers have different ranks
+    each shows the same share of its own. s = α/r stays what it is, so that the first k rows of A
+    and columns of B are the update of rank k, as they stand (after Valipour et al. 2022, arXiv
+    2210.07558, who draw k uniformly; docs/math.md (28)).
 
     A rank that is not shown is put at its start, where it adds nothing: B at zero, or with a start
     A at A0 and B at B0. Its gradient is dropped, and its numbers are put back.
@@ -39,7 +40,8 @@ class Nested:
 
     def rank(self, step: int) -> int:
         """k of this step, for the largest rank."""
-        return random.Random(f"{self.seed} {step}").randint(1, self.r)
+        u = random.Random(f"{self.seed} {step}").random()
+        return min(self.r, int((self.r + 1) ** u))
 
     @contextlib.contextmanager
     def first(self, k: int) -> Generator[None]:

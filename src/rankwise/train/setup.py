@@ -242,7 +242,7 @@ def _start(config: FitConfig, rows: Rows | None) -> Init | Fitted:
     batches = [rows.batch(part) for part in parts]
     if config.init == "eva":
         return EVA(batches, forward=_forward)
-    return LoRAGA(batches, loss=lambda model, batch: batch_loss(model, batch, rows.task)[0])
+    return LoRAGA(batches, loss=lambda model, batch: batch_loss(model, batch, rows.task))
 
 
 def _forward(model: nn.Module, batch: Any) -> object:
