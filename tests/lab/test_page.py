@@ -6,7 +6,8 @@ import jinja2
 import pytest
 
 from rankwise.errors import EnvironmentFault
-from rankwise.lab.page import TEMPLATES, fill
+from rankwise.lab.page import TEMPLATES, can_make_pages, fill
+from rankwise.lab.theory import run_theory
 
 
 @pytest.fixture
@@ -51,6 +52,16 @@ def test_without_jinja_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(EnvironmentFault, match=r'pip install "rankwise\[report\]"'):
         fill("report.html.jinja")
+
+
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib"])
+def test_long_work_does_not_begin_without_what_its_page_needs(monkeypatch, tmp_path, module):
+    can_make_pages()
+    monkeypatch.setitem(sys.modules, module, None)
+    folder = tmp_path / "theory"
+    with pytest.raises(EnvironmentFault, match=r'pip install "rankwise\[report\]"'):
+        run_theory(folder)
+    assert not folder.exists()
 
 
 def test_the_templates_are_part_of_the_package():

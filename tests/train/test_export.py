@@ -176,7 +176,7 @@ def test_the_last_adapter_may_be_merged(options: Callable[..., FitConfig], tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["single", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["single", "llama"])
 def test_what_is_exported_computes_what_the_folder_computes(
     finished: Finished, tmp_path: Path, witness: Any, kind: str
 ) -> None:

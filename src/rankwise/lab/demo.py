@@ -16,6 +16,7 @@ from rankwise.data.pydocs import docstrings
 from rankwise.errors import ArtifactError, EnvironmentFault, UserError
 from rankwise.io import files
 from rankwise.lab.comparing import smallest_not_told_apart
+from rankwise.lab.page import can_make_pages
 from rankwise.lab.records import RunRecord, read_run
 from rankwise.lab.report import summary_table, write_report
 from rankwise.lab.settings import group_runs
@@ -83,6 +84,7 @@ def run_demo(out: str | Path, demo: Demo, reporter: Reporter) -> str:
     Raises:
         UserError: ``out`` holds a demo of another size or other data.
     """
+    can_make_pages()
     folder = Path(out)
     model = model_folder()
     train, heldout = docstrings(demo.seed, demo.train_rows, demo.heldout_rows)

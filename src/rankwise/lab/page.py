@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,22 @@ from urllib.parse import quote
 from rankwise.errors import EnvironmentFault
 from rankwise.lab.drawing import Cell, Figure
 
-__all__ = ["TEMPLATES", "fill"]
+__all__ = ["TEMPLATES", "can_make_pages", "fill"]
 
 TEMPLATES = Path(__file__).parent / "templates"
+_JINJA = "A report needs Jinja2"
+_REMEDY = 'Install it with: pip install "rankwise[report]"'
+
+
+def can_make_pages() -> None:
+    """See to it that pages can be made, before long work whose end they are.
+
+    Raises:
+        EnvironmentFault: Matplotlib or Jinja2 is not installed.
+    """
+    for package, use in (("matplotlib", "Figures need Matplotlib"), ("jinja2", _JINJA)):
+        if importlib.util.find_spec(package) is None:
+            raise EnvironmentFault(f"{use}, which is not installed. {_REMEDY}")
 
 
 def fill(template: str, **values: Any) -> bytes:
@@ -29,8 +43,7 @@ def fill(template: str, **values: Any) -> bytes:
         import jinja2
     except ImportError as error:
         raise EnvironmentFault(
-            f"A report needs Jinja2, which cannot be imported ({error}). "
-            'Install it with: pip install "rankwise[report]"'
+            f"{_JINJA}, which cannot be imported ({error}). {_REMEDY}"
         ) from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

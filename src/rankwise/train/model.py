@@ -206,8 +206,10 @@ def quiet_transformers() -> Generator[None]:
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    # transformers imports torchao where it is there, and torch logs about its enumerations
-    getLogger("torch.utils._pytree").setLevel(ERROR)
+    # transformers imports torchao where it is there, which logs what of it this machine lacks, and
+    # torch about its enumerations
+    for noisy in ("torchao", "torch.utils._pytree"):
+        getLogger(noisy).setLevel(ERROR)
     logging.disable_progress_bar()
     try:
         yield

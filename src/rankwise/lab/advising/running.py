@@ -19,6 +19,7 @@ from rankwise.lab.advising.options import Advise
 from rankwise.lab.advising.page import reasons, write_advice
 from rankwise.lab.advising.records import Advice
 from rankwise.lab.inspecting.measuring import evidence
+from rankwise.lab.page import can_make_pages
 from rankwise.methods.adapter import Adapter, adapter_of
 from rankwise.methods.trimming import cut_to, layers_of
 from rankwise.train.answers import read_answers, write_answers
@@ -48,6 +49,7 @@ def advise(options: Advise, reporter: Reporter) -> Advice:
         ArtifactError, EnvironmentFault: as of training.
         Interrupted: a signal asked to stop; the same command goes on.
     """
+    can_make_pages()
     config = options.probe()
     _ensure(config, reporter)
     restored = restore(config.out)

@@ -24,6 +24,7 @@ from rankwise.lab.compare.grid import Cell
 from rankwise.lab.compare.pool import Pool, cores
 from rankwise.lab.compare.work import work_of
 from rankwise.lab.compare.worker import Ended, Progress, Task
+from rankwise.lab.page import can_make_pages
 from rankwise.train.folder import claim
 from rankwise.train.model import load_config
 from rankwise.train.planning import plan_model
@@ -65,6 +66,7 @@ def run_compare(
             it. What was finished is kept.
         Interrupted: Ctrl+C or SIGTERM; every run has saved what it had.
     """
+    can_make_pages()
     folder, watcher = Path(out), reporter or Silent()
     pinned = begin(folder, fit, compared or {}, watcher)
     _check_reference(pinned)

@@ -26,6 +26,7 @@ from rankwise.lab.latency.records import (
 )
 from rankwise.lab.latency.timing import time_passes
 from rankwise.lab.latency.variants import Models, make_models
+from rankwise.lab.page import can_make_pages
 from rankwise.train.config import FitConfig
 from rankwise.train.manifest import surroundings
 from rankwise.train.model import longest
@@ -65,6 +66,8 @@ def run_latency(
         EnvironmentFault: a package or the device is missing, or the folder cannot be written.
     """
     sizes, watcher = sizes or Sizes(), reporter or Silent()
+    if out is not None:
+        can_make_pages()
     folder = None if out is None else _usable(Path(out))
     device = choose_device(config.device)
     torch.manual_seed(sizes.seed)

@@ -11,6 +11,7 @@ import torch
 
 from rankwise.errors import UserError
 from rankwise.io import files
+from rankwise.lab.page import can_make_pages
 from rankwise.lab.theory.experiments import Rows, jobs
 from rankwise.lab.theory.page import make_page, sections
 from rankwise.lab.theory.records import Theory, TheoryRecord, read_record, write_record
@@ -45,6 +46,7 @@ def run_theory(
     theory, reporter = theory or Theory(), reporter or Silent()
     if out is None:
         return _compute(_fresh(theory), reporter, None, None)
+    can_make_pages()
     folder = Path(out)
     record = _begin(folder, theory, reporter)
     if next(jobs(record), None) is None:
