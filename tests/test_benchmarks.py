@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from benchmarks.bank import APART, SHARED, Bank, programs, rows
 from benchmarks.speed.__main__ import line
+from benchmarks.speed.loss import largest
+from benchmarks.speed.loss import programs as programs_of_loss
 from benchmarks.speed.memory import kept
 from benchmarks.speed.models import LINEAR, batch_of, floor, llama, ours, theirs
 from benchmarks.speed.timing import alternate, ratio
@@ -21,6 +24,13 @@ def test_bytes_kept_for_backward_beside_peft(layers: str, dtype: torch.dtype, mo
     low = kept(floor(base, "model.layers.0.input_layernorm"), batch)
     peft, own = (kept(make(base, targets), batch) - low for make in (theirs, ours))
     assert 0 < own <= most * peft
+
+
+def test_the_two_losses_of_a_language_model_are_one_and_ours_is_smaller() -> None:
+    model = ours(llama(1, 64, torch.float32), ["q_proj"])
+    own, other, losses = programs_of_loss(model, 0.5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert 2 * largest(own) < largest(other)
 
 
 def test_both_begin_with_the_same_numbers() -> None:
@@ -53,3 +63,34 @@ def test_a_ratio_is_of_rounds_and_has_an_interval() -> None:
 def test_a_row_in_markdown() -> None:
     row = {"measure": "m", "on": "here", "ratio": [1.5, 1.25, 2.0], "bytes": {"a": 1200}}
     assert line(row).split("|")[3:] == [" 1.50 (1.25-2.00) ", " bytes a 1,200 ", ""]
+
+
+def small_bank(targets: list[str]) -> Bank:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    base = BertForSequenceClassification(config).requires_grad_(False)
+    return Bank(base, targets, adapters=3, rows=2, length=5)
+
+
+def test_a_bank_in_one_pass_learns_what_its_adapters_learn_one_by_one() -> None:
+    steps = programs(small_bank(["query", "dense"]))
+    for _ in range(4):
+        shared, apart = steps[SHARED](), steps[APART]()
+        torch.testing.assert_close(shared, torch.cat(apart), rtol=1e-4, atol=1e-5)
+    assert len(set(shared.tolist())) == 3
+
+
+def test_the_table_of_banks_has_a_row_for_each_kind_and_choice_of_layers() -> None:
+    lines = list(rows(small_bank, 1))
+    assert len(lines) == 2 + 4
+    assert all(line.count("|") == 6 for line in lines)

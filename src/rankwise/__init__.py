@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         set_active,
         set_trainable,
         using,
+        using_rows,
     )
     from rankwise.errors import ArtifactError, EnvironmentFault, RankwiseError, UserError
     from rankwise.inits import (
@@ -86,6 +87,7 @@ _HOMES = {
         "set_active",
         "set_trainable",
         "using",
+        "using_rows",
     ),
     "errors": ("ArtifactError", "EnvironmentFault", "RankwiseError", "UserError"),
     "inits": (
@@ -214,6 +216,7 @@ __all__ = [
     "trim",
     "unmerge",
     "using",
+    "using_rows",
 ]
 
 

@@ -9,7 +9,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rankwise.errors import RankwiseError
-from rankwise.kernels import Branch, PlainLinear, adapted_linear, add_delta_linear, can_fuse
+from rankwise.kernels import (
+    BatchRows,
+    Branch,
+    PlainLinear,
+    adapted_linear,
+    add_delta_linear,
+    can_fuse,
+)
 
 SCALE = 1.7
 
@@ -160,6 +167,99 @@ def test_factors_in_float32_train_beside_a_bfloat16_weight():
         assert (ours - wanted).norm() < 0.02 * wanted.norm()  # a few roundings of 2^-9
 
 
+ROWS = {
+    "runs": [(0, 1), (2,)],
+    "others": [(0, 3), (1, 2)],
+    "overlapping, and one in none": [(0, 2, 3), (0, 1, 2)],
+}
+
+
+def apart(
+    layer: PlainLinear, x: Tensor, branches: Sequence[Branch], each: int, masks: Sequence[Tensor]
+) -> Tensor:
+    """The formula for every branch on all rows, with those set to zero that it is not for."""
+    y = F.linear(x, layer.weight, layer.bias)
+    for branch, mask in zip(branches, masks, strict=True):
+        assert branch.rows is not None
+        numbers = branch.rows.numbers
+        ours = torch.tensor([i in numbers for i in range(4)]).repeat_interleave(each)
+        shape = x.flatten(0, -2).shape
+        kept = torch.zeros(shape, dtype=x.dtype)
+        kept[ours] = mask.to(x.dtype) / (1 - branch.dropout)
+        dropped = (x.flatten(0, -2) * kept).reshape(x.shape)
+        alone = branch._replace(dropout=0.0, rows=None)
+        y = y + formula(layer, dropped, [alone]) - F.linear(dropped, layer.weight, layer.bias)
+    return y
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("lead", [(4,), (4, 3), (8,), (0, 3), (4, 9)])
+@pytest.mark.parametrize("numbers", ROWS.values(), ids=list(ROWS))
+@pytest.mark.parametrize("block", [None, (1, 4)])
+def test_branches_for_some_rows(
+    numbers: list[tuple[int, ...]],
+    lead: tuple[int, ...],
+    block: tuple[int, int] | None,
+    dropout: float,
+):
+    layer, x = frozen(5, 7), tensor(*lead, 7)
+    outputs = 5 if block is None else block[1] - block[0]
+    branches = [
+        Branch(tensor(r, 7), tensor(outputs, r), SCALE * r, dropout, block, BatchRows(n, 4))
+        for r, n in enumerate(numbers, start=2)
+    ]
+    each = x.flatten(0, -2).shape[0] // 4
+    torch.manual_seed(5)
+    masks = [  # drawn as they are inside
+        torch.empty(len(n) * each, 7, dtype=torch.bool).bernoulli_(1 - dropout)
+        if dropout
+        else torch.ones(len(n) * each, 7, dtype=torch.bool)
+        for n in numbers
+    ]
+    inputs = (x, *(t for b in branches for t in (b.A, b.B)))
+    torch.manual_seed(5)
+    ours, plain = adapted_linear(layer, x, branches), apart(layer, x, branches, each, masks)
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(gradients(ours, *inputs), gradients(plain, *inputs), strict=True):
+        torch.testing.assert_close(one, other)
+    if not dropout:
+        with torch.no_grad():  # where few rows go another way
+            torch.testing.assert_close(adapted_linear(layer, x, branches), plain)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("numbers", [(1, 2), (0, 2)])
+def test_gradients_for_some_rows_are_those_of_finite_differences_twice(
+    numbers: tuple[int, ...], dropout: float
+):
+    layer, rows = frozen(5, 4), BatchRows(numbers, 3)
+
+    def function(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            return adapted_linear(layer, x, [Branch(A, B, SCALE, dropout, rows=rows)])
+
+    inputs = (tensor(3, 2, 4), tensor(2, 4), tensor(5, 2))
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (0, 2)])
+def test_of_some_rows_x_and_their_product_are_kept(numbers: tuple[int, ...]):
+    layer, x = frozen(5, 7), tensor(3, 4, 7)
+    branches = [Branch(tensor(2, 7), tensor(5, 2), SCALE, rows=BatchRows(numbers, 3))] * 2
+    there = {t.data_ptr() for b in branches for t in (layer.weight, b.A, b.B)}
+    sizes: dict[int, int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        sizes[saved.data_ptr()] = saved.numel()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        assert adapted_linear(layer, x, branches).requires_grad
+    assert sum(n for at, n in sizes.items() if at not in there) == x.numel() + 2 * (2 * 2 * 4)
+
+
 def _forward_mode(run: Callable[[], bool]) -> bool:
     with forward_ad.dual_level():
         return run()
@@ -199,3 +299,21 @@ def test_a_compiled_layer_takes_the_formula_and_agrees():
     compiled = torch.compile(run, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
     assert seen == [False]
+
+
+def test_few_rows_of_blocks_and_ranks_of_their_own():
+    layer, x = frozen(5, 7, torch.bfloat16), tensor(4, 7, dtype=torch.bfloat16, grad=False)
+    branches = [
+        Branch(tensor(2, 7), tensor(5, 2), SCALE, rows=BatchRows((0, 3), 4)),
+        Branch(tensor(3, 7), tensor(2, 3), 0.7, 0.0, (1, 3), BatchRows((1,), 4)),
+        Branch(tensor(1, 7), tensor(2, 1), 2.3, 0.0, (1, 3), BatchRows((1, 2), 4)),
+    ]
+    wide = PlainLinear(layer.weight.double(), layer.weight.new_zeros(5).double())
+    assert layer.bias is not None
+    wide.bias = layer.bias.double()
+    masks = [torch.ones(len(b.rows.numbers), 7, dtype=torch.bool) for b in branches if b.rows]
+    with torch.no_grad():
+        found = adapted_linear(layer, x, branches)
+        exact = apart(wide, x.double(), branches, 1, masks)
+    assert found.dtype is torch.bfloat16
+    assert (found - exact).norm() < 0.02 * exact.norm()  # a few roundings of 2^-9

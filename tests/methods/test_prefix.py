@@ -53,11 +53,11 @@ def made(build: Any, seed: int = 3) -> Any:
     return build().eval()
 
 
-def moved(model: nn.Module, size: float = 0.7) -> None:
+def moved(model: nn.Module, size: float = 0.7, name: str | None = None) -> None:
     """A prefix as large as after training: of the size of the tokens' own keys and values."""
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
-        for update in updates_of(model).values():
+        for update in updates_of(model, name).values():
             for parameter in update.trained():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
@@ -202,6 +202,32 @@ def test_outputs_are_those_of_attention_by_hand(family: str, attention: str):
         mine, theirs = model(**inputs).logits, plain(**inputs).logits
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     assert (mine - before).abs().max() > 0.05
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("names", [("short", None, "grown"), ("grown", "lora", "short")])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_each_row_of_a_batch_sees_its_own(
+    family: str, names: tuple[str | None, ...], attention: str
+):
+    build, inputs = FAMILIES[family]
+    model = made(build)
+    model.set_attn_implementation(attention)
+    rw.attach(model, PrefixTuning(LENGTH), name="short")
+    rw.attach(model, PrefixTuning(LENGTH + 2, hidden=4), name="grown")
+    targets = {"t5": ["q", "wo"], "gpt2": ["c_attn"], "bert": ["query"], "vit": ["q_proj"]}
+    kind = model.config.model_type
+    method = rw.LoRA(r=2, target_modules=targets.get(kind, ["q_proj"]))
+    rw.attach(model, method, name="lora")
+    for name in ("short", "grown", "lora"):
+        moved(model, name=name)
+    with torch.no_grad():
+        with rw.using_rows(model, names):
+            found = model(**{k: v[:3] for k, v in inputs.items()}).logits
+        for i, name in enumerate(names):
+            with rw.using(model, *([] if name is None else [name])):
+                alone = model(**{k: v[i : i + 1] for k, v in inputs.items()}).logits
+            torch.testing.assert_close(found[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 # --- using it ------------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from rankwise.attaching.records import (
     note_method,
     trained_copies,
     unmerged,
+    unrouted,
     updates_of,
 )
+from rankwise.attaching.routing import using_rows
 from rankwise.attaching.switching import base, set_active, set_trainable, using
 from rankwise.attaching.verbs import attach, detach, rehearse
 
@@ -44,6 +46,8 @@ __all__ = [
     "set_trainable",
     "trained_copies",
     "unmerged",
+    "unrouted",
     "updates_of",
     "using",
+    "using_rows",
 ]

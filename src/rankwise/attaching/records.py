@@ -10,7 +10,7 @@ from torch import nn
 
 from rankwise.attaching.plans import Method
 from rankwise.errors import UserError, nearest
-from rankwise.layers import LoRALayer, LowRank, Switch, Update
+from rankwise.layers import LoRALayer, LowRank, Routing, Switch, Update
 from rankwise.targets import Site, sites
 
 __all__ = [
@@ -28,9 +28,11 @@ __all__ = [
     "note_book",
     "note_kept",
     "note_method",
+    "refuse_routed",
     "required",
     "trained_copies",
     "unmerged",
+    "unrouted",
     "updates_of",
 ]
 
@@ -47,6 +49,8 @@ class Attachment:
         adapted: names of what carries a low-rank update: modules, parts of them, parameters.
         notes: what the user should be told.
         switch: whether it acts.
+        batchwide: names of what it changes for whole batches alone, as where a module reads its
+            weights itself, so that the rows of a batch cannot have different adapters there.
         places: the module and the key in its ``updates`` of each update, by the update's name.
         originals: the base's own modules that a trained copy stands for, by name.
         copies: the trained copies, by name.
@@ -57,6 +61,7 @@ class Attachment:
     adapted: tuple[str, ...]
     notes: tuple[str, ...]
     switch: Switch
+    batchwide: tuple[str, ...]
     places: Mapping[str, tuple[str, str]] = field(repr=False)
     originals: Mapping[str, nn.Module] = field(repr=False)
     copies: Mapping[str, nn.Module] = field(repr=False)
@@ -72,12 +77,14 @@ class Book:
     """What is noted on a model: its adapters by name, and what it was before the first of them.
 
     ``hung`` has the dtype in which each module with trained copies was hung into the model, and
-    that of the model around it.
+    that of the model around it. ``routing`` says which rows of a batch go through which adapters,
+    where they do not all go through the active ones.
     """
 
     required_grad: frozenset[str]
     attachments: dict[str, Attachment] = field(default_factory=dict[str, Attachment])
     kept: Mapping[str, tuple[nn.Module, LoRALayer]] | None = None
+    routing: Routing | None = None
     hung: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = field(
         default_factory=dict[str, tuple[torch.dtype | None, torch.dtype | None]]
     )
@@ -155,6 +162,29 @@ def unmerged(model: nn.Module) -> dict[str, Attachment]:
     if book.kept is not None or gone:
         raise UserError("The adapter of this model is merged; call rankwise.unmerge(model) first.")
     return dict(book.attachments)
+
+
+def unrouted(model: nn.Module) -> dict[str, Attachment]:
+    """The same, of a model whose adapters are not bound to rows of a batch just now.
+
+    Raises:
+        UserError: as :func:`unmerged` does, or this is a block of :func:`rankwise.using_rows`.
+    """
+    refuse_routed(required(model))
+    return unmerged(model)
+
+
+def refuse_routed(book: Book) -> None:
+    """Refuse what is for all rows of a batch while they go through different adapters.
+
+    Raises:
+        UserError: they do.
+    """
+    if book.routing is not None:
+        raise UserError(
+            "The rows of a batch go through different adapters here, and this is for all rows: do "
+            "it outside of the block of rankwise.using_rows."
+        )
 
 
 def kept_layers(model: nn.Module) -> Mapping[str, tuple[nn.Module, LoRALayer]] | None:

@@ -13,14 +13,25 @@ from rankwise.attaching.records import (
     Book,
     attachment,
     attachments,
+    refuse_routed,
     required,
     unmerged,
     updates_of,
 )
 from rankwise.errors import UserError
+from rankwise.layers import ByRows, Routing
 from rankwise.targets import sites
 
-__all__ = ["base", "hang_copies", "set_active", "set_trainable", "using"]
+__all__ = [
+    "activate",
+    "base",
+    "hang_copies",
+    "refuse_rivals",
+    "restored",
+    "set_active",
+    "set_trainable",
+    "using",
+]
 
 
 def set_active(model: nn.Module, *names: str) -> None:
@@ -33,17 +44,35 @@ def set_active(model: nn.Module, *names: str) -> None:
         UserError: there is no adapter of a name, it is merged, or two of them have their own
             trained copy of one module, of which only one can be in its place.
     """
+    refuse_routed(required(model))
+    activate(model, names)
+
+
+def activate(model: nn.Module, names: Iterable[str], routing: Routing | None = None) -> None:
+    """Let these adapters act, on all rows of a batch or where a routing says.
+
+    Raises:
+        UserError: as :func:`set_active` does.
+    """
     book = required(model)
     if book.kept is not None:
         raise UserError("The adapter of this model is merged; call rankwise.unmerge(model) first.")
-    wanted = [attachment(model, name) for name in names]
-    _refuse_rivals(wanted)
+    wanted = {name: attachment(model, name) for name in names}
+    if routing is None:
+        refuse_rivals(wanted.values())
     for record in book.attachments.values():
-        record.switch.on = record.name in names
+        record.switch.on = record.name in wanted
+        record.switch.routing = routing
+    book.routing = routing
     hang_copies(model, book)
 
 
-def _refuse_rivals(wanted: list[Attachment]) -> None:
+def refuse_rivals(wanted: Iterable[Attachment]) -> None:
+    """Refuse two adapters with their own trained copy of one module.
+
+    Raises:
+        UserError: there are two.
+    """
     held: dict[str, str] = {}
     for record in wanted:
         for module in record.copies:
@@ -58,20 +87,17 @@ def _refuse_rivals(wanted: list[Attachment]) -> None:
 def hang_copies(model: nn.Module, book: Book) -> None:
     """In the place of each module with trained copies: the active adapter's, or the original.
 
-    It comes on the device and in the mode of the one that it replaces; and where the model was cast
-    as a whole meanwhile (model.double()), those aside are cast as well.
+    Where rows of a batch have different ones, it is a module that runs each on its rows. What is
+    hung comes on the device and in the mode of what it replaces; and where the model was cast as a
+    whole meanwhile (model.double()), those aside are cast as well.
     """
     versions: dict[str, list[nn.Module]] = {}
-    wanted: dict[str, nn.Module] = {}
     for record in book.attachments.values():
         for name, original in record.originals.items():
-            versions.setdefault(name, []).extend((original, record.copies[name]))
-            if record.active:
-                wanted[name] = record.copies[name]
-            else:
-                wanted.setdefault(name, original)
-    if not wanted:
+            versions.setdefault(name, [original]).append(record.copies[name])
+    if not versions:
         return
+    wanted = {name: _hanging(book, name, own[0]) for name, own in versions.items()}
     table = sites(model)
     inside = tuple(f"{name}." for name in versions)
     rest = _dtype(p for n, p in model.named_parameters() if not n.startswith(inside))
@@ -87,6 +113,19 @@ def hang_copies(model: nn.Module, book: Book) -> None:
             module.train(now.training)
             table[name].put(module if tensor is None else module.to(tensor.device))
         book.hung[name] = (_dtype(module.parameters()), rest)
+
+
+def _hanging(book: Book, name: str, original: nn.Module) -> nn.Module:
+    """The version of a module that is in force: one for all rows, or each row's own."""
+    records = [r for r in book.attachments.values() if name in r.copies and r.active]
+    copies = {r.name: r.copies[name] for r in records}
+    if book.routing is None:
+        return records[-1].copies[name] if records else original
+    chosen = [
+        next((copies[adapter] for adapter in way if adapter in copies), original)
+        for way in book.routing.ways
+    ]
+    return ByRows(chosen) if len(set(chosen)) > 1 else chosen[0]
 
 
 def _dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype | None:
@@ -120,12 +159,24 @@ def using(model: nn.Module, *names: str) -> Generator[nn.Module]:
     Raises:
         UserError: as :func:`set_active` does.
     """
-    before = [record.name for record in attachments(model).values() if record.active]
-    set_active(model, *names)
-    try:
+    with restored(model):
+        activate(model, names)
         yield model
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Generator[None]:
+    """Afterwards the adapters act that act now, on the same rows, whatever happens in the block.
+
+    Raises:
+        UserError: the model carries no adapter; at the end, its adapters are gone or merged.
+    """
+    routing = required(model).routing
+    before = [record.name for record in attachments(model).values() if record.active]
+    try:
+        yield
     finally:
-        set_active(model, *before)
+        activate(model, before, routing)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from rankwise.attaching.records import (
     book_of,
     forget,
     note_book,
+    refuse_routed,
     required,
-    unmerged,
+    unrouted,
 )
 from rankwise.attaching.switching import hang_copies
 from rankwise.errors import UserError
@@ -68,6 +69,7 @@ def attach(model: nn.Module, method: Method, *, name: str = DEFAULT) -> Attachme
         book = Book(_trainable(model))
         model.requires_grad_(False)
         note_book(model, book)
+    batchwide = tuple(_batchwide(plan, layers))
     places = _put_in(plan, layers, made, name)
     for parameter in plan.trained:
         model.get_parameter(parameter).requires_grad_(True)
@@ -78,6 +80,7 @@ def attach(model: nn.Module, method: Method, *, name: str = DEFAULT) -> Attachme
         adapted=tuple(n for n, update in made.items() if isinstance(update, LowRank)),
         notes=tuple(notes),
         switch=switch,
+        batchwide=batchwide,
         places=places,
         originals={p.site.name: _original(book, p.site) for p in plan.placements},
         copies=copies,
@@ -155,6 +158,28 @@ def _put_in(
     return places
 
 
+def _batchwide(plan: Plan, layers: Mapping[str, LoRALayer]) -> Iterator[str]:
+    """Names of what acts on whole batches alone.
+
+    That is where a module reads its weights itself, and where torch's own layers put the positions
+    of a sequence before the rows of the batch.
+    """
+    for addition in plan.additions:
+        owners = [parent for parent, _ in addition.site.owners()]
+        routed = layers[addition.site.name].routes(addition.parameter)
+        if not routed or any(map(_bars, owners)):
+            yield addition.name
+    for place in plan.placements:
+        if any(_bars(parent) for parent, _ in place.site.owners()):
+            yield place.site.name
+
+
+def _bars(owner: nn.Module) -> bool:
+    if isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return not owner.self_attn.batch_first
+    return isinstance(owner, nn.MultiheadAttention)
+
+
 def _read(addition: Addition) -> tuple[str, ...]:
     """The parameters that a module without a layer around it must read with the update."""
     return () if addition.parameter is None else (addition.parameter,)
@@ -180,6 +205,7 @@ def _refuse(model: nn.Module, name: str, book: Book | None) -> None:
                     "keep=False)."
                 )
         return
+    refuse_routed(book)
     if book.kept is not None:
         raise UserError("The adapter of this model is merged; call rankwise.unmerge(model) first.")
     if name in book.attachments:
@@ -224,8 +250,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         UserError: the model carries no adapter, none of this name, or its adapter is merged
             (unmerge first).
     """
+    unrouted(model)
     book = required(model)
-    unmerged(model)
     leaving = [attachment(model, name)] if name is not None else list(book.attachments.values())
     for record in leaving:
         record.switch.on = False

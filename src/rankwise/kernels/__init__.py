@@ -9,8 +9,10 @@ from rankwise.kernels.formula import (
 from rankwise.kernels.linear import Branch, Frozen, adapted_linear, can_fuse
 from rankwise.kernels.packed import PackedLinear, can_pack
 from rankwise.kernels.plain import PlainLinear
+from rankwise.kernels.rows import BatchRows
 
 __all__ = [
+    "BatchRows",
     "Branch",
     "Frozen",
     "PackedLinear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,9 +12,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rankwise.errors import RankwiseError
+from rankwise.kernels.rows import BatchRows
 
 _transforms = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
-_has_autocast = torch.amp.is_autocast_available
+_any_autocast = torch._C._is_any_autocast_enabled  # pyright: ignore[reportPrivateUsage]
 _tracing = torch._C._is_tracing  # pyright: ignore[reportPrivateUsage]
 
 __all__ = ["Branch", "Frozen", "adapted_linear", "can_fuse"]
@@ -49,11 +51,15 @@ def can_fuse(x: Tensor, weight: Tensor) -> bool:
         x.dtype is weight.dtype
         and x.dtype.is_floating_point
         and not torch.compiler.is_compiling()
-        and not (_has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        and not (_any_autocast() and _autocast_on(x.device.type))
         and not _transforms()
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         and not _tracing()
     )
+
+
+def _autocast_on(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class Branch(NamedTuple):
@@ -61,7 +67,7 @@ class Branch(NamedTuple):
 
     ``A`` is (r, in) and ``B`` (out, r), or (block, r); ``scale`` is s; ``dropout`` the probability
     of zeroing an input of the branch; ``block`` the first output and the one after the last, or
-    None for all.
+    None for all; ``rows`` those of a batch that it acts on, or None for all.
     """
 
     A: Tensor
@@ -69,10 +75,29 @@ class Branch(NamedTuple):
     scale: float
     dropout: float = 0.0
     block: tuple[int, int] | None = None
+    rows: BatchRows | None = None
 
     def part(self, y: Tensor) -> Tensor:
         """The outputs that this is for, of y (..., out); a view."""
         return y if self.block is None else y[..., slice(*self.block)]
+
+    def taken(self, t: Tensor) -> Tensor:
+        """The rows that this acts on, of t (N, ...)."""
+        return t if self.rows is None else self.rows.pick(t)
+
+    def add(self, t: Tensor, change: Tensor) -> None:
+        """Add a change to the rows of t (N, ...) that this acts on, in place."""
+        if self.rows is None:
+            t.add_(change)
+        else:
+            self.rows.add_(t, change)
+
+    def add_product(self, t: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        """Add scale · left right to the rows of t (N, ...) that this acts on, in place."""
+        if self.rows is None or self.rows.run is not None:
+            self.taken(t).addmm_(left, right, alpha=scale)
+        else:
+            self.rows.add_(t, scale * (left @ right))
 
 
 def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Tensor:
@@ -86,21 +111,28 @@ def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Ten
     Kept for backward: x, which layers that read the same x share, P (N·r), and of dropout one byte
     for each element of x; where no A trains not even x. Nothing is kept in a wider dtype.
 
+    A branch for some rows takes those of x, dy and y for all; the frozen layer is computed once for
+    the whole batch. x (N, ...) has k rows for each of the batch, N = k · ``rows.of``.
+
     P and Z are held as (r, N): a CPU's matrix libraries are several times slower on products whose
     result is (N, r) or (out, r) than on the same products turned (docs/speed.md).
 
     Derivatives of derivatives go through the same formulas.
     """
     if not torch.is_grad_enabled():
-        few = x.numel() <= _FEW * x.shape[-1] and len(branches) == 1
-        return _few(frozen, x, *branches) if few else _sum(frozen, x, branches)[0]
+        if x.numel() <= _FEW * x.shape[-1]:
+            if len(branches) == 1 and branches[0].rows is None:
+                return _few(frozen, x, *branches)
+            if all(b.rows is not None and b.dropout == 0.0 for b in branches):
+                return _few_by_rows(frozen, x, branches)
+        return _sum(frozen, x, branches)[0]
     factors = [factor for branch in branches for factor in (branch.A, branch.B)]
     return _AdaptedLinear.apply(x, frozen, tuple(branches), *factors)
 
 
 def _few(frozen: Frozen, x: Tensor, branch: Branch) -> Tensor:
     """y without gradients, for so few rows that the calls cost more than the products."""
-    A, B, scale, dropout, _ = branch
+    A, B, scale, dropout, _, _ = branch
     y = frozen.forward(x)
     if dropout > 0.0:
         x = F.dropout(x, dropout)
@@ -111,6 +143,41 @@ def _few(frozen: Frozen, x: Tensor, branch: Branch) -> Tensor:
     return y
 
 
+def _few_by_rows(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """The same for branches of some rows each: y += (x Aᵀ ∘ M) Bᵀ, with all A and all B in one.
+
+    M (N, Σ r) is s where a row is one of the branch's, and zero elsewhere.
+    """
+    y = frozen.forward(x)
+    rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for block in dict.fromkeys(branch.block for branch in branches):
+        alike = [branch for branch in branches if branch.block == block]
+        A = torch.cat([branch.A for branch in alike]).to(x.dtype)
+        B = torch.cat([branch.B for branch in alike], 1).to(x.dtype)
+        columns = tuple((branch.rows, branch.A.shape[0], branch.scale) for branch in alike)
+        down = F.linear(rows, A).mul_(_scales(columns, len(rows), x.dtype, x.device))
+        alike[0].part(sums).addmm_(down, B.T)
+    return y
+
+
+@functools.lru_cache(maxsize=64)
+def _scales(
+    columns: tuple[tuple[BatchRows, int, float], ...],
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """M (count, Σ r) for branches of some rows, r columns and a scale each."""
+    wide = torch.promote_types(dtype, torch.float32)
+    made = torch.zeros(count, sum(r for _, r, _ in columns), dtype=wide)
+    start = 0
+    for rows, r, scale in columns:
+        own = made[:, start : start + r]
+        rows.add_(own, torch.full_like(rows.pick(own), scale))
+        start += r
+    return made.to(device)
+
+
 def _sum(
     frozen: Frozen, x: Tensor, branches: Sequence[Branch]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
@@ -119,12 +186,12 @@ def _sum(
     rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     made: list[tuple[Tensor, Tensor | None]] = []
     for branch in branches:
-        mask, inputs = None, rows
+        mask, inputs = None, branch.taken(rows)
         if branch.dropout > 0.0:
-            mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1.0 - branch.dropout)
-            inputs = _dropped(rows, mask, branch.dropout)
+            mask = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(1.0 - branch.dropout)
+            inputs = _dropped(inputs, mask, branch.dropout)
         down = branch.A.to(x.dtype) @ inputs.T
-        branch.part(sums).addmm_(down.T, branch.B.to(x.dtype).T, alpha=branch.scale)
+        branch.add_product(branch.part(sums), down.T, branch.B.to(x.dtype).T, branch.scale)
         made.append((down, mask))
     return y, made
 
@@ -164,18 +231,19 @@ class _AdaptedLinear(torch.autograd.Function):
         for i, branch in enumerate(branches):
             down, mask = saved[2 * i : 2 * i + 2]
             A, B = saved[2 * len(branches) + 2 * i :][:2]
-            part = branch.part(dy)
+            part = branch.taken(branch.part(dy))
             up = branch.scale * (B.to(dy.dtype).T @ part.T) if need_x or train_A[i] else None
             if up is not None and dx is not None:
                 if mask is None:
-                    dx.addmm_(up.T, A.to(dy.dtype))
+                    branch.add_product(dx, up.T, A.to(dy.dtype))
                 else:
-                    dx.add_(_dropped(up.T @ A.to(dy.dtype), mask, branch.dropout))
+                    branch.add(dx, _dropped(up.T @ A.to(dy.dtype), mask, branch.dropout))
             dA = dB = None
             twice = torch.is_grad_enabled() and train_B[i]  # P is then a function of x and A again
-            inputs = rows
-            if rows is not None and mask is not None and (train_A[i] or twice):
-                inputs = _dropped(rows, mask, branch.dropout)
+            inputs = None
+            if rows is not None and (train_A[i] or twice):
+                inputs = branch.taken(rows)
+                inputs = inputs if mask is None else _dropped(inputs, mask, branch.dropout)
             if train_A[i]:
                 assert inputs is not None
                 assert up is not None

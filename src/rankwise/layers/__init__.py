@@ -25,6 +25,7 @@ from rankwise.layers.layout import (
 )
 from rankwise.layers.packing import Packing, optimize_frozen, restore_frozen
 from rankwise.layers.prefix import FreePrefix, GrownPrefix, Prefix, Trunk
+from rankwise.layers.rows import ByRows, Routing
 from rankwise.layers.spec import Spec, Switch
 from rankwise.layers.update import (
     Change,
@@ -39,6 +40,7 @@ from rankwise.layers.update import (
 
 __all__ = [
     "Activation",
+    "ByRows",
     "Change",
     "FreePrefix",
     "GrownPrefix",
@@ -54,6 +56,7 @@ __all__ = [
     "Offset",
     "Packing",
     "Prefix",
+    "Routing",
     "Shared",
     "Spec",
     "Split",

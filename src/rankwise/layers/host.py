@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rankwise.errors import RankwiseError, UserError
 from rankwise.layers.layer import LoRALayer
+from rankwise.layers.update import Change
 
 __all__ = ["LoRAHost", "host", "released", "widened"]
 
@@ -24,6 +27,10 @@ class LoRAHost(LoRALayer):
     """
 
     read_as_sums: tuple[str, ...] = ()
+
+    def routes(self, parameter: str | None) -> bool:
+        """Not where the module reads it, but nn.LayerNorm is run by rows."""
+        return parameter is None or type(self.base_layer).forward is nn.LayerNorm.forward
 
     def stored_weight(self, parameter: str) -> Tensor:
         return dict(self.named_parameters(recurse=False))[parameter]  # the base's may be older
@@ -93,7 +100,32 @@ def _class(kind: type[nn.Module], names: tuple[str, ...]) -> type[LoRAHost]:
     body: dict[str, object] = {name: _property(name) for name in names}
     body["read_as_sums"] = names
     body["__doc__"] = LoRAHost.__doc__
+    if kind.forward is nn.LayerNorm.forward:
+        body["forward"], body["position_axes"] = _layer_norm, _axes_of_norm
     return type(f"LoRA{kind.__name__}", (LoRAHost, kind), body)
+
+
+def _layer_norm(layer: LoRAHost, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+    """nn.LayerNorm's own, and where rows have weights and biases of their own, run for each way."""
+    norm = cast("nn.LayerNorm", layer)
+    changes = [u for u in layer.live() if isinstance(u, Change)]
+    routing = changes[0].switch.routing if changes else None
+    if routing is None:
+        return nn.LayerNorm.forward(norm, input)
+    layer.fit_rows(routing, input)
+    parts: list[Tensor] = []
+    for way, rows in routing.rows.items():
+        own = [u for u in changes if u.switch.adapter in way]
+        held = {
+            name: layer.changed(name, [u for u in own if u.layout.parameter == name])
+            for name, _ in norm.named_parameters(recurse=False)
+        }
+        shape, x = norm.normalized_shape, rows.pick(input)
+        parts.append(F.layer_norm(x, shape, held.get("weight"), held.get("bias"), norm.eps))
+    return routing.join(parts)
+
+
+_axes_of_norm = property(lambda layer: len(layer.normalized_shape))
 
 
 def _property(name: str) -> property:

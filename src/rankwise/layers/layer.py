@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from rankwise.errors import UserError
 from rankwise.kernels import (
+    Branch,
     adapted_linear,
     add_delta_embedding,
     add_delta_linear,
@@ -19,9 +21,10 @@ from rankwise.kernels import (
     can_fuse,
 )
 from rankwise.layers.alike import embedding_gain
-from rankwise.layers.frozen import dense_weight, is_quantized
+from rankwise.layers.frozen import dense_weight, is_quantized, logical_shape
 from rankwise.layers.fusing import frozen_linear
 from rankwise.layers.layout import layout_of
+from rankwise.layers.rows import Routing, RowsDiffer
 from rankwise.layers.update import Change, LowRank, Offset, Update, wide_dtype
 
 __all__ = [
@@ -42,6 +45,9 @@ class LoRALayer(nn.Module, ABC):
     add up. Owners that never call ``forward`` but read ``.weight``, as nn.MultiheadAttention and
     the fast path of nn.TransformerEncoderLayer do, get W0 + Σ δ_i, differentiable.
 
+    Where the rows of a batch go through different adapters (:class:`Routing`), each row gets the
+    updates of its own: y_i = base(x)_i + Σ δ_i(x_i), with the frozen layer run once on all rows.
+
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; docs/math.md (1).
     """
 
@@ -53,9 +59,7 @@ class LoRALayer(nn.Module, ABC):
         """The updates whose adapter is switched on, in the order they were attached."""
         updates = self._modules["updates"]  # faster than the attribute, and asked at every call
         assert updates is not None
-        return [
-            u for u in vars(updates)["_modules"].values() if isinstance(u, Update) and u.switch.on
-        ]
+        return [u for u in vars(updates)["_modules"].values() if u.switch.on]
 
     def changes(self, parameter: str) -> list[Change]:
         """The live changes of one parameter of the base."""
@@ -89,8 +93,18 @@ class LoRALayer(nn.Module, ABC):
         return self.stored_weight(parameter).detach()
 
     def effective(self, parameter: str) -> Tensor:
-        """A parameter in force: W0 + Σ δ_i in the base's own layout, rounded once to its dtype."""
+        """A parameter in force: W0 + Σ δ_i in the base's own layout, rounded once to its dtype.
+
+        Where the rows of a batch go through different adapters it is not one tensor: what is given
+        then has its shape and raises a UserError when it is computed with.
+        """
         changes = self.changes(parameter)
+        if changes and changes[0].switch.routing is not None:
+            return RowsDiffer.of(self.stored_weight(parameter))
+        return self.changed(parameter, changes)
+
+    def changed(self, parameter: str, changes: Sequence[Change]) -> Tensor:
+        """W0 + Σ δ_i over these changes, rounded once to the dtype of W0."""
         if not changes and not is_quantized(self.base_layer):
             return self.stored_weight(parameter)
         base = self.base_weight(parameter)
@@ -125,6 +139,45 @@ class LoRALayer(nn.Module, ABC):
         """y + s · B A D(x), with dropout of this probability on x."""
         x = F.dropout(x, dropout) if dropout > 0 else x
         return y + (self.branch(x, A, B) * scale).to(y.dtype)
+
+    def with_updates(self, plain: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
+        """What the frozen layer made of x, and what these updates add to it, to all or their rows.
+
+        Raises:
+            UserError: the rows go different ways and x is not of so many.
+        """
+        routing = updates[0].switch.routing if updates else None
+        if routing is None:
+            return self._with(plain, x, updates)
+        self.fit_rows(routing, x)
+        parts: list[Tensor] = []
+        for way, rows in routing.rows.items():
+            own = [u for u in updates if u.switch.adapter in way]
+            parts.append(self._with(rows.pick(plain), rows.pick(x), own))
+        return routing.join(parts)
+
+    def _with(self, plain: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
+        y = plain
+        for update in updates:
+            y = update.add(y, x, plain, self)
+        return y
+
+    def routes(self, parameter: str | None) -> bool:
+        """Whether the rows of a batch can each have updates of their own for this parameter, or,
+        with None, for what the layer does.
+        """
+        return True
+
+    def fit_rows(self, routing: Routing, x: Tensor) -> None:
+        """See to it that x has the rows that are routed; see :meth:`Groups.fit`."""
+        base = self.base_layer
+        who = f"{type(base).__name__} of weight {logical_shape(base)}"
+        routing.fit(x.shape, self.position_axes, who)
+
+    @property
+    def position_axes(self) -> int:
+        """How many of the last axes of an input are one position's, or one picture's."""
+        return 0 if self.lookup else len(logical_shape(self.base_layer)) - 1
 
     def channels(self, values: Tensor) -> Tensor:
         """One value for each output (out,), in a shape that spreads over the layer's outputs."""
@@ -161,15 +214,13 @@ class LoRAWrapper(LoRALayer, ABC):
         """The bias in force, or None."""
         if has_bias(self.base_layer):
             return self.effective("bias")
-        offsets = [u.dense(self) for u in self.changes("bias")]
-        return torch.stack(offsets).sum(0) if offsets else None
+        changes = self.changes("bias")
+        if changes and changes[0].switch.routing is not None:
+            return RowsDiffer.of(changes[0].dense(self))
+        return torch.stack([u.dense(self) for u in changes]).sum(0) if changes else None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, used by keyword
-        plain = self.base_layer(input)
-        y = plain
-        for update in self.live():
-            y = update.add(y, input, plain, self)
-        return y
+        return self.with_updates(self.base_layer(input), input, self.live())
 
 
 class LoRALinear(LoRAWrapper):
@@ -194,14 +245,19 @@ class LoRALinear(LoRAWrapper):
         if frozen is None or not can_fuse(input, frozen.saved()):
             return super().forward(input)
         live = self.live()
-        branches = [b for u in live if isinstance(u, LowRank) and (b := u.fused()) is not None]
-        others = live[len(branches) :]  # holds a low-rank one too where these are not the first
-        if not branches or not all(isinstance(u, Offset) for u in others):
+        branches: list[Branch] = []
+        for update in live:
+            branch = update.fused()
+            if branch is None:
+                break
+            branches.append(branch)
+        others = live[len(branches) :]
+        if not branches or (others and not all(isinstance(u, Offset) for u in others)):
             return super().forward(input)
+        if (routing := live[0].switch.routing) is not None:
+            self.fit_rows(routing, input)
         y = adapted_linear(frozen, input, branches)
-        for update in others:
-            y = update.add(y, input, y, self)
-        return y
+        return self.with_updates(y, input, others) if others else y
 
     def branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return branch_linear(x, A, B)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankwise.inits import Fitted, Init, Kaiming
+from rankwise.layers.rows import Routing
 from rankwise.lowrank import scaling
 
 __all__ = ["Spec", "Switch"]
@@ -41,11 +42,17 @@ class Spec:
 
 
 class Switch:
-    """Whether one adapter acts; one object for all of its updates, so that switching costs O(1)."""
+    """Whether one adapter acts; one object for all of its updates, so that switching costs O(1).
+
+    Attributes:
+        on: whether it acts.
+        routing: None where it acts on whole batches; else which rows go through which adapters.
+    """
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
         self.on = True
+        self.routing: Routing | None = None
 
     def __repr__(self) -> str:
         return f"Switch({self.adapter!r}, {'on' if self.on else 'off'})"

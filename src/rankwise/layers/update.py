@@ -46,6 +46,10 @@ class Update(nn.Module, ABC):
         """The parameters that train."""
         return iter(self.parameters())
 
+    def fused(self) -> Branch | None:
+        """What :func:`rankwise.kernels.adapted_linear` takes of it; None where it is more."""
+        return None
+
 
 class Change(Update, ABC):
     """An update that is a change of one frozen parameter, so that W0 + δ holds it.
@@ -128,7 +132,7 @@ class LowRank(Change):
         return y + change if self.rows is None else self.rows.add(y, change, -1)
 
     def fused(self) -> Branch | None:
-        """What :func:`rankwise.kernels.adapted_linear` takes of this; None where it is more.
+        """A and B, s, dropout and the block of outputs, where that is all.
 
         It is asked at every call, so it reads the module's own tables, as attributes of modules
         are found only after a search.
@@ -140,7 +144,9 @@ class LowRank(Change):
         A, B = held["lora_A"], held["lora_B"]
         if A is None or B is None or self._buffers["start_A"] is not None:
             A, B = self.both()
-        return Branch(A, B, scale, self.spec.dropout if self.training else 0.0, block)
+        switch, dropout = self.switch, self.spec.dropout if self.training else 0.0
+        some = None if switch.routing is None else switch.routing.by_adapter[switch.adapter]
+        return Branch(A, B, scale, dropout, block, some)
 
     def dense(self, layer: LoRALayer) -> Tensor:
         delta = self.factors().delta()

@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankwise.attaching import adapted_sites, base, unmerged, updates_of
+from rankwise.attaching import adapted_sites, base, unrouted, updates_of
 from rankwise.errors import RankwiseError, UserError, gather
 from rankwise.layers import (
     Change,
@@ -48,7 +48,7 @@ def effects(model: nn.Module, probe: Probe) -> dict[str, float]:
     Raises:
         UserError: the model carries no adapter, it is merged, or its outputs hold no numbers.
     """
-    unmerged(model)
+    unrouted(model)
     with at_rest(model):
         whole = outputs(model, probe)
         return {
@@ -59,7 +59,7 @@ def effects(model: nn.Module, probe: Probe) -> dict[str, float]:
 
 def _acting(model: nn.Module) -> dict[str, tuple[Site, Update]]:
     """The updates that act, with the module of each, by name; not the offsets of biases."""
-    active = [record for record in unmerged(model).values() if record.active]
+    active = [record for record in unrouted(model).values() if record.active]
     table = {site.name: site for site, _ in adapted_sites(model)}
     return {
         name if len(active) == 1 else f"{record.name}:{name}": (
@@ -87,7 +87,7 @@ def check_effect(model: nn.Module, probe: Probe | None = None, *, each: bool = F
         EffectError: names every layer without effect.
         UserError: the model carries no adapter, it is merged, or its outputs hold no numbers.
     """
-    unmerged(model)
+    unrouted(model)
     adapted = _acting(model)
     title = "The adapter has no effect in part"
     gather(EffectError, title, [p for name, (_, u) in adapted.items() if (p := _zero(name, u))])

@@ -16,7 +16,7 @@ from rankwise.attaching import (
     forget,
     kept_layers,
     note_kept,
-    unmerged,
+    unrouted,
 )
 from rankwise.errors import RankwiseError, UserError, gather
 from rankwise.layers import (
@@ -85,7 +85,7 @@ def merge(model: nn.Module, *, keep: bool = True, probe: Probe | None = None) ->
         UserError: the model carries no adapter, it is merged already, or an adapted layer cannot
             be rebuilt (its weight is parametrized, or its forward was replaced).
     """
-    asleep = [record.name for record in unmerged(model).values() if not record.active]
+    asleep = [record.name for record in unrouted(model).values() if not record.active]
     if asleep:
         raise UserError(
             f"{', '.join(asleep)}: attached and not active. Activate what is to be merged "

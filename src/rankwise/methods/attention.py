@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.errors import UserError
+from rankwise.kernels import BatchRows
 from rankwise.layers import LoRALayer, Prefix
 from rankwise.targets import Site, sites
 
@@ -112,10 +113,46 @@ def attend(
     Shapes: query (batch, heads of queries, q, d), key and value (batch, heads of keys, k, d), the
     mask (batch or 1, heads or 1, q, k or more), Boolean with True where a query sees a key, or
     numbers that are added to the scores. Every query sees the whole prefix.
+
+    Where the rows of a batch go through different adapters, each row sees its own; of shares that
+    then differ in number, none are given.
     """
-    how = vars(module)["config"].config._attn_implementation
     live = module.live() if isinstance(module, LoRALayer) else ()
     prefixes = [update for update in live if isinstance(update, Prefix)]
+    routing = prefixes[0].switch.routing if prefixes else None
+    if routing is None:
+        return _attend(module, prefixes, query, key, value, attention_mask, options)
+    routing.fit(query.shape, 3, type(module).__name__)
+
+    def of(rows: BatchRows, shared: Tensor | None) -> Tensor | None:
+        return shared if shared is None or len(shared) != len(query) else rows.pick(shared)
+
+    parts: list[Tensor] = []
+    shares: list[Tensor] = []
+    for way, rows in routing.rows.items():
+        own = [prefix for prefix in prefixes if prefix.switch.adapter in way]
+        mine, mask = dict(options), of(rows, attention_mask)
+        if "position_bias" in mine:
+            mine["position_bias"] = of(rows, mine["position_bias"])
+        q, k, v = (rows.pick(t) for t in (query, key, value))
+        part, share = _attend(module, own, q, k, v, mask, mine)
+        parts.append(part)
+        shares += [] if share is None else [share]
+    alike = len(shares) == len(parts) and len({share.shape[1:] for share in shares}) == 1
+    return routing.join(parts), routing.join(shares) if alike else None
+
+
+def _attend(
+    module: nn.Module,
+    prefixes: list[Prefix],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The same with one choice of prefixes for all rows."""
+    how = vars(module)["config"].config._attn_implementation
     if prefixes:
         _check(how, options)
         if attention_mask is None and how == "sdpa":
