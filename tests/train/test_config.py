@@ -180,6 +180,13 @@ def test_defaults_that_follow_from_other_options_are_filled_in() -> None:
     assert "metric: accuracy\n" in text
 
 
+def test_the_rate_of_the_output_layer_is_a_share_of_the_others() -> None:
+    assert made().head_ratio == 1.0
+    assert made(head_lr=0.02).head_ratio == pytest.approx(20.0)
+    assert made(head_lr=0.02, lr=0.1).head_ratio == pytest.approx(0.2)
+    assert made(method="head", head_lr=0.02).head_ratio == 1.0
+
+
 def test_what_is_not_known_yet_stays_open() -> None:
     """The task follows from the data, and with a rank pattern α is 2·r of each layer."""
     assert made().metric is None
@@ -193,7 +200,7 @@ def test_what_is_not_known_yet_stays_open() -> None:
         ("lora", ["prefix_length", "adapter_size"], ["layers", "bias", "lora_plus"]),
         ("bottleneck", ["alpha"], ["target_modules", "adapter_placement"]),
         ("full", ["head", "modules_to_save"], ["epochs"]),
-        ("head", ["head"], ["modules_to_save"]),
+        ("head", ["head", "head_lr"], ["modules_to_save"]),
     ],
 )
 def test_options_of_another_method_are_refused(

@@ -11,11 +11,9 @@ from rankwise.data.encode import encode, padding_id
 from rankwise.data.examples import load_examples
 from rankwise.errors import EnvironmentFault
 from rankwise.train.evaluate import Rows, batch_loss, evaluate, outputs, row_losses, targets_in
-from rankwise.train.language import POSITIONS
 from rankwise.train.model import load_base
 
 CPU = torch.device("cpu")
-INPUTS = ("input_ids", "attention_mask")
 Loaded = tuple[Any, Rows]
 
 
@@ -46,7 +44,7 @@ def test_the_loss_is_transformers_own(loaded: Callable[[str], Loaded], task: str
     with torch.no_grad():
         total = batch_loss(model, batch, task)
         _, logits = row_losses(model, batch, task)
-        theirs = model(**{name: value for name, value in batch.items() if name != POSITIONS})
+        theirs = model(**batch)
     count = targets_in(rows.encoded, indices, task)
     torch.testing.assert_close(total / count, theirs.loss, rtol=1e-6, atol=0)
     assert (logits is None) == (task == "causal-lm")
@@ -81,7 +79,7 @@ def test_perplexity_is_over_all_target_tokens(loaded: Callable[[str], Loaded]) -
     model, rows = loaded("causal-lm")
     with torch.no_grad():
         logits = model(
-            **{k: v for k, v in rows.batch(list(range(21))).items() if k in INPUTS}
+            **{k: v for k, v in rows.batch(list(range(21))).items() if k != "labels"}
         ).logits
     labels = rows.batch(list(range(21)))["labels"]
     logs = logits[:, :-1].double().log_softmax(-1)

@@ -135,6 +135,8 @@ def test_losses_and_gradients_are_those_of_all_logits(make: Callable[[], Any], n
     for key, grad in found.items():
         assert (grad - expected[key]).norm() <= 1e-5 * expected[key].norm(), key
     assert wanted[2] == 0  # the row without targets
+    del batch[POSITIONS]  # which are then looked for
+    assert torch.equal(summed_loss(model, batch), loss)
 
 
 @pytest.mark.parametrize("name", ["layers", "output layer"])

@@ -77,13 +77,17 @@ def test_all_numbers_are_put_back_when_a_step_fails() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_every_rank_is_drawn_alike_and_follows_from_seed_and_step() -> None:
-    nested = Nested(adapted(), 5)
-    drawn = Counter(nested.rank(step) for step in range(4000))
-    assert sorted(drawn) == [1, 2, 3, 4]
-    assert min(drawn.values()) > 900
-    assert [nested.rank(s) for s in range(50)] == [Nested(adapted(), 5).rank(s) for s in range(50)]
-    assert [nested.rank(s) for s in range(50)] != [Nested(adapted(), 6).rank(s) for s in range(50)]
+def test_every_doubling_of_the_rank_is_drawn_alike_and_follows_from_seed_and_step() -> None:
+    nested, count = Nested(adapted(r=31), 5), 6000
+    drawn = Counter(nested.rank(step) for step in range(count))
+    octaves = [sum(drawn[k] for k in range(2**i, 2 ** (i + 1))) for i in range(5)]
+    assert sum(octaves) == count
+    assert all(abs(n - count / 5) < 4 * (count * 0.2 * 0.8) ** 0.5 for n in octaves)
+    assert set(drawn) == set(range(1, 32))
+    again, other = Nested(adapted(r=31), 5), Nested(adapted(r=31), 6)
+    assert [nested.rank(s) for s in range(50)] == [again.rank(s) for s in range(50)]
+    assert [nested.rank(s) for s in range(50)] != [other.rank(s) for s in range(50)]
+    assert {Nested(adapted(r=1), 5).rank(s) for s in range(50)} == {1}
 
 
 def learned(nested: bool) -> rw.Adapter:

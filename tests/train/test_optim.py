@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import rankwise as rw
+from rankwise.errors import UserError
 from rankwise.methods.groups import parameter_groups
 from rankwise.train.optim import adamw, learning_rate, set_rate
 
@@ -53,6 +55,41 @@ def test_only_matrices_decay() -> None:
 def test_vectors_alone_make_one_group() -> None:
     optimizer = adamw(parameter_groups(nn.LayerNorm(4), 0.0, weight_decay=0.1))
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 2)
+
+
+def test_the_output_layer_has_a_rate_of_its_own_and_b_another() -> None:
+    model = Small()
+    rw.attach(model, rw.LoRA(r=2, target_modules=["body.0"], head="train"))
+    groups = parameter_groups(model, 0.1, lora_plus=16.0, head=20.0)
+    names = {id(p): n for n, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert rates == {
+        "body.0.updates.default.lora_A": pytest.approx(0.1),
+        "body.0.updates.default.lora_B": pytest.approx(1.6),
+        "head.weight": pytest.approx(2.0),
+        "head.bias": pytest.approx(2.0),
+    }
+
+
+def test_an_adapted_output_layer_is_no_whole_one() -> None:
+    model = Small()
+    rw.attach(model, rw.LoRA(r=2, target_modules=["head"]))
+    assert [group["lr"] for group in parameter_groups(model, 0.1, head=20.0)] == [0.1]
+
+
+def test_full_training_tells_its_output_layer_too() -> None:
+    model = Small()
+    groups = parameter_groups(model, 0.1, head=20.0)
+    assert sorted(len(g["params"]) for g in groups if g["lr"] == 2.0) == [1, 1]
+    with pytest.raises(UserError, match="head must be a finite ratio above 0"):
+        parameter_groups(model, 0.1, head=0.0)
 
 
 def test_a_step_is_adamw_by_the_formula() -> None:

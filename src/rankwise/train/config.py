@@ -78,6 +78,7 @@ _MEANT_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers"), ("lora", "bottleneck")),
     **dict.fromkeys(("adapter_size", "adapter_placement"), ("bottleneck",)),
     "prefix_length": ("prefix",),
+    "head_lr": ("lora", "bitfit", "bottleneck", "prefix", "full"),
     "head": ("lora", "bitfit", "bottleneck", "prefix"),
     "modules_to_save": ("lora", "head", "bitfit", "bottleneck", "prefix"),
 }
@@ -204,6 +205,9 @@ class FitConfig(BaseModel):
         "1e-2 for prefix and 5e-5 for full.",
         TRAINING,
     )
+    head_lr: Rate | None = _option(
+        None, "Learning rate of an output layer that trains whole; lr when not given.", TRAINING
+    )
     lora_plus: float = _option(
         1.0,
         "LoRA+: the learning rate of B is so many times that of A; 1 is plain LoRA, 16 what its "
@@ -272,6 +276,12 @@ class FitConfig(BaseModel):
     @property
     def learning_rate(self) -> float:
         return self.lr if self.lr is not None else LEARNING_RATES[self.method]
+
+    @property
+    def head_ratio(self) -> float:
+        """The rate of the output layer over that of the rest; where it alone trains it has lr."""
+        own = None if self.method == "head" else self.head_lr
+        return 1.0 if own is None else own / self.learning_rate
 
 
 def make_config(values: Mapping[str, Any], where: str) -> FitConfig:

@@ -44,11 +44,11 @@ class Rows:
     device: torch.device
     kept: Kept | None = None
 
-    def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """The tensors of these rows, on the device."""
+    def batch(self, indices: list[int], *, targets: bool = False) -> dict[str, Tensor]:
+        """The tensors of these rows, on the device; with ``POSITIONS`` where targets are wanted."""
         made = collate(self.encoded, indices, self.pad_id)
         batch = {name: tensor.to(self.device) for name, tensor in made.items()}
-        if self.task == "causal-lm" and self.encoded.labels is not None:
+        if targets and self.task == "causal-lm" and self.encoded.labels is not None:
             at = positions(self.encoded, indices, made["input_ids"].shape[1])
             batch[POSITIONS] = torch.tensor(at, dtype=torch.int64, device=self.device)
         if self.kept is not None:
@@ -157,7 +157,7 @@ def _pass(
     model: nn.Module, rows: Rows, indices: list[int]
 ) -> tuple[float | NDArray[np.float32], Tensor | None]:
     """The losses of some rows, 0 where they have no labels, and their logits."""
-    batch = rows.batch(indices)
+    batch = rows.batch(indices, targets=True)
     if "labels" not in batch:
         logits = model(**batch).logits.float()
         return 0.0, None if rows.task == "causal-lm" else logits

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.data.encode import Encoded
+from rankwise.data.language import IGNORED
 from rankwise.targets import is_transformers
 from rankwise.train.frozen import at_rest
 
 __all__ = ["POSITIONS", "positions", "row_losses", "summed_loss"]
 
 POSITIONS = "rankwise_positions"
-"""The key of a batch with the places of its targets."""
+"""The key of a batch with the places of its targets, which are looked for where it is missing."""
 
 _BYTES = 2**26  # of the float32 logits that are there at a time
 _ACCELERATOR_BYTES = 2**28  # whose products want more rows
@@ -36,7 +37,7 @@ def positions(encoded: Encoded, indices: list[int], length: int) -> list[int]:
         row * (length - 1) + place
         for row, i in enumerate(indices)
         for place, label in enumerate(labels[i][1:])
-        if label != -100
+        if label != IGNORED
     ]
 
 
@@ -44,16 +45,17 @@ def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Of each row the sum of its targets' cross-entropies given the tokens before, (rows,).
 
     ``batch`` is what the model takes, labels (rows, length), which are -100 where there is no
-    target, and ``POSITIONS`` (targets,); the losses are float32.
+    target, and may have ``POSITIONS`` (targets,); the losses are float32.
     """
     rows, length = batch["labels"].shape
-    found = _predictions(model, batch)
+    at = _targets(batch)
+    found = _predictions(model, batch, at)
     each = torch.zeros(rows * (length - 1), device=found.states.device)
     for part in found.chunks():
         losses = F.cross_entropy(
             found.logits(found.states[part]), found.goals[part], reduction="none"
         )
-        each[batch[POSITIONS][part]] = losses
+        each[at[part]] = losses
     return each.view(rows, -1).sum(dim=1)
 
 
@@ -65,7 +67,7 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Where the output layer's whole weight trains, or where the model does more to its logits, those
     of all targets are held at once.
     """
-    found = _predictions(model, batch)
+    found = _predictions(model, batch, _targets(batch))
     trained = [] if found.head is None else [p for p in found.head.parameters() if p.requires_grad]
     width = found.states.shape[-1]
     if found.head is None or any(p.numel() >= found.vocabulary * width for p in trained):
@@ -127,7 +129,12 @@ class _SummedLoss(torch.autograd.Function):
         return by_state, None, *by_parameter
 
 
-def _predictions(model: nn.Module, batch: Mapping[str, Tensor]) -> _Predictions:
+def _targets(batch: Mapping[str, Tensor]) -> Tensor:
+    there = batch.get(POSITIONS)
+    return (batch["labels"][:, 1:].flatten() != IGNORED).nonzero()[:, 0] if there is None else there
+
+
+def _predictions(model: nn.Module, batch: Mapping[str, Tensor], at: Tensor) -> _Predictions:
     inputs = {name: value for name, value in batch.items() if name not in ("labels", POSITIONS)}
     head = _output_layer(model, inputs)
     if head is None:
@@ -137,7 +144,6 @@ def _predictions(model: nn.Module, batch: Mapping[str, Tensor]) -> _Predictions:
         with _cut(head) as seen:
             model(**inputs)
         states, vocabulary = seen["input"], seen["output"].shape[-1]
-    at = batch[POSITIONS]
     states = states[:, :-1].flatten(0, 1).index_select(0, at)
     goals = batch["labels"][:, 1:].flatten().index_select(0, at)
     return _Predictions(states, goals, head, vocabulary)

@@ -85,7 +85,11 @@ class Loop:
         self.reporter = reporter
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rates = parameter_groups(
-            model, 0.0, lora_plus=config.lora_plus, weight_decay=config.weight_decay
+            model,
+            0.0,
+            lora_plus=config.lora_plus,
+            head=config.head_ratio,
+            weight_decay=config.weight_decay,
         )
         self.optimizer = adamw(rates)
         self.state = self.parameters | dict(checkpoint.frozen_state(model))
@@ -232,7 +236,8 @@ class Loop:
         for rows in passes:
             for first in range(0, len(rows), self.progress.micro_batch):
                 part = rows[first : first + self.progress.micro_batch]
-                loss = batch_loss(self.model, self.train_rows.batch(part), task) / weight
+                batch = self.train_rows.batch(part, targets=True)
+                loss = batch_loss(self.model, batch, task) / weight
                 loss.backward()
                 total += loss.item()
         return total
