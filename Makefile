@@ -44,7 +44,11 @@ study: $(VENV)/.ready-demo ## run or go on with both experiments; SST2=FOLDER ha
 	    runs/all-MiniLM-L6-v2
 	$(BIN)/python experiments/pydocs-minilm/rows.py
 	$(BIN)/rankwise compare --config experiments/pydocs-minilm/compare.yaml
+	$(BIN)/rankwise compare --config experiments/pydocs-minilm/head-lr.yaml
+	$(BIN)/python -m experiments.ranks experiments/pydocs-minilm
 	$(BIN)/rankwise compare --config experiments/sst2-minilm/compare.yaml \
+	    --data $(SST2)/train.tsv --eval $(SST2)/dev.tsv
+	$(BIN)/python -m experiments.ranks experiments/sst2-minilm \
 	    --data $(SST2)/train.tsv --eval $(SST2)/dev.tsv
 
 format: $(VENV)/.ready-dev ## mend what can be mended by machine

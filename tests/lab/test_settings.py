@@ -10,6 +10,7 @@ from rankwise.lab.noise import holm
 from rankwise.lab.settings import (
     against,
     compare,
+    corrected,
     differences,
     group_runs,
     higher_is_better,
@@ -216,6 +217,15 @@ def test_holms_correction_is_over_all_that_were_compared(record, lora):
     assert [c.p for c in against(head, others)] == alone
     assert [c.corrected for c in against(head, others)] == holm(alone)
     assert against(head, []) == []
+
+
+def test_comparisons_of_several_references_are_corrected_together(record, lora):
+    runs = [one(record(f"LoRA r={r}", lora(r), 0.7 + r / 100, rows=1000)) for r in (1, 2, 4, 8)]
+    bare = one(record("bare", lora(16), 0.9, answered=False))
+    pairs = [compare(runs[1], runs[0]), compare(bare, runs[0]), compare(runs[3], runs[2])]
+    known = holm([pairs[0].p, pairs[2].p])
+    assert [c.corrected for c in corrected(pairs)] == [known[0], None, known[1]]
+    assert [c.reference for c in corrected(pairs)] == [runs[0], runs[0], runs[2]]
 
 
 def test_equal_scores_are_never_clear(record, lora):

@@ -59,11 +59,13 @@ def command(
             f"{t.score:.4f}",
             f"{t.lost:+.4f}",
             f"{t.low:+.4f} to {t.high:+.4f}",
+            f"{100 * t.loss_back:.1f} %",
             "yes" if t.enough else "no",
         ]
         for t in sorted(advice.trials, key=lambda t: (t.kind, t.parameters))
     ]
-    head = ["ranks", "largest r", "parameters", "error", advice.metric, "lost", "95 %", "enough"]
+    head = ["ranks", "largest r", "parameters", "error", advice.metric]
+    head += ["lost", "95 %", "of the loss", "enough"]
     print(table(head, rows))
     print()
     for sentence in summary(advice):

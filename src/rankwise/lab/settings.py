@@ -22,6 +22,7 @@ __all__ = [
     "Setting",
     "against",
     "compare",
+    "corrected",
     "differences",
     "group_runs",
     "higher_is_better",
@@ -153,9 +154,13 @@ def against(reference: Setting, others: Sequence[Setting]) -> list[Comparison]:
         noise = noise_of([(1.0, other), (-1.0, reference)])
         p = None if noise is None or math.isnan(difference) else noise.p(difference)
         found.append(Comparison(other, reference, difference, noise, p, None))
-    known = [c.p for c in found if c.p is not None]
-    corrected = iter(holm(known))
-    return [c if c.p is None else replace(c, corrected=next(corrected)) for c in found]
+    return corrected(found)
+
+
+def corrected(found: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons with Holm's correction over all of them, of one reference or several."""
+    chances = iter(holm([c.p for c in found if c.p is not None]))
+    return [c if c.p is None else replace(c, corrected=next(chances)) for c in found]
 
 
 def compare(one: Setting, two: Setting) -> Comparison:

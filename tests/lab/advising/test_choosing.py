@@ -106,9 +106,50 @@ def test_a_loss_that_is_sure_but_tiny_counts_as_none() -> None:
     assert not real.enough
 
 
+def test_a_loss_that_matters_is_not_excused_by_few_rows() -> None:
+    draw = np.random.default_rng(0)
+    rows = torch.from_numpy(draw.normal(5, 1, ROWS))
+    cut = Top(1).allocate({"a": Layer(Spectrum((1.0, 0.5)), 1)})
+    spread = torch.from_numpy(draw.normal(0, 1, ROWS))
+    spread = spread - spread.mean()
+
+    def enough(lost: float, gain: float) -> bool:
+        judge = Judge("loss", quality(rows), quality(rows + gain))
+        trial = judge.trial(EVERY_LAYER, 1, cut, quality(rows + spread + lost))
+        assert trial.low < 0 < trial.high  # never sure
+        return trial.enough
+
+    assert enough(0.04, 1.0)
+    assert not enough(0.06, 1.0)
+    assert enough(0.06, 2.0)
+    assert enough(0.06, 0.0)  # where nothing was gained, there is no share of it
+
+
+def test_a_loss_that_comes_back_is_not_hidden_by_a_score() -> None:
+    """A cut that answers every row as the probe does, with a loss that is higher."""
+    draw = np.random.default_rng(0)
+    rows, labels = draw.normal(5, 1, ROWS), draw.integers(0, 2, ROWS).astype(float)
+
+    def answered(losses: np.ndarray, predictions: np.ndarray) -> Quality:
+        ones = np.ones(ROWS, dtype=np.int64)
+        answers = Answers(np.arange(ROWS), losses, ones, labels, predictions, 2)
+        right = float((predictions == labels).mean())
+        return Quality({"accuracy": right, "loss": float(losses.mean())}, answers)
+
+    judge = Judge("accuracy", answered(rows, labels), answered(rows + 1, 1 - labels))
+    cut = Top(1).allocate({"a": Layer(Spectrum((1.0, 0.5)), 1)})
+    little, much = (
+        judge.trial(EVERY_LAYER, 1, cut, answered(rows + more, labels)) for more in (0.04, 0.06)
+    )
+    assert (little.lost, much.lost) == (0, 0)
+    assert (little.loss_back, much.loss_back) == pytest.approx((0.04, 0.06))
+    assert little.enough
+    assert not much.enough
+
+
 def test_a_small_cut_is_not_believed_where_a_larger_one_fails() -> None:
     def trial(size: int, enough: bool) -> Trial:
-        return Trial(EVERY_LAYER, size, {"a": size}, 10 * size, 0, 0, 0, 0, 0, enough)
+        return Trial(EVERY_LAYER, size, {"a": size}, 10 * size, 0, 0, 0, 0, 0, 0, enough)
 
     found = smallest([trial(1, True), trial(2, False), trial(4, True), trial(8, True)])
     assert found is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from rankwise.errors import UserError
 from rankwise.lab.advising.bootstrap import interval
@@ -18,6 +19,8 @@ FINE = 4
 """Steps of the budget for each step of the rank."""
 NEGLIGIBLE = 0.01
 """A loss of at most this share of what the updates gain counts as none, however sure it is."""
+TOLERABLE = 0.05
+"""More than this share of what the updates gain is too much to lose, however unsure it is."""
 
 Tried = Callable[[Mapping[str, int]], Quality]
 
@@ -27,8 +30,10 @@ class Judge:
     """What is enough beside a probe.
 
     A cut is enough when the bounds of what it loses (:func:`interval`, paired over the rows) hold
-    zero or lie below it, or when it loses at most a hundredth of what the updates gain: a
-    difference may be sure and yet too small to matter.
+    zero or lie below it, and it loses at most a twentieth of what the updates gain; or when it
+    loses at most a hundredth, for what is lost may be sure and yet too small to matter. Where rows
+    are few it may matter and yet not be sure, and a score of right and wrong may hide it. So at
+    most a twentieth of what the updates take off the loss may come back, too.
 
     Attributes:
         metric: what quality is.
@@ -40,7 +45,7 @@ class Judge:
     probe: Quality
     silent: Quality
 
-    @property
+    @cached_property
     def gained(self) -> bool:
         """Whether the updates gain more than the noise."""
         return self.bounds(self.silent)[0] > 0
@@ -49,6 +54,11 @@ class Judge:
         """How much worse than the probe; below 0 where it is better."""
         change = self.probe.metrics[self.metric] - found.metrics[self.metric]
         return change if higher_is_better(self.metric) else -change
+
+    def loss_back(self, found: Quality) -> float:
+        """The share of what the updates take off the loss that comes back; 0 if they take none."""
+        probe, own, silent = (q.metrics["loss"] for q in (self.probe, found, self.silent))
+        return (own - probe) / (silent - probe) if silent > probe else 0.0
 
     def bounds(self, found: Quality) -> tuple[float, float]:
         """Between which bounds that lies over other rows.
@@ -69,6 +79,8 @@ class Judge:
         """The record of a cut."""
         low, high = self.bounds(found)
         lost, gain = self.lost(found), self.lost(self.silent)
+        back = self.loss_back(found)
+        little = (lost <= TOLERABLE * gain and back <= TOLERABLE) or not self.gained
         return Trial(
             kind=kind,
             size=size,
@@ -79,7 +91,8 @@ class Judge:
             lost=lost,
             low=low,
             high=high,
-            enough=low <= 0 or lost <= NEGLIGIBLE * gain,
+            loss_back=back,
+            enough=little and (low <= 0 or lost <= NEGLIGIBLE * gain),
         )
 
 

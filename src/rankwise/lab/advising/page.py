@@ -103,9 +103,15 @@ def quality_by_size(advice: Advice) -> Figure:
             Key("the probe", line_swatch("var(--muted)")),
             Key("without updates", line_swatch("var(--muted)", "2 2")),
         ),
-        columns=("kind", "size", "parameters", "error", "score", "lost", "low", "high", "enough"),
+        columns=(
+            *("kind", "size", "parameters", "error", "score", "lost", "low", "high"),
+            *("enough", "loss_back"),
+        ),
         rows=tuple(
-            (t.kind, t.size, t.parameters, t.error, t.score, t.lost, t.low, t.high, str(t.enough))
+            (
+                *(t.kind, t.size, t.parameters, t.error, t.score, t.lost, t.low, t.high),
+                *(str(t.enough), t.loss_back),
+            )
             for trials in kinds.values()
             for t in trials
         ),
@@ -160,4 +166,7 @@ def _told(advice: Advice, trial: Trial) -> str:
 
 def _loss(advice: Advice, trial: Trial) -> str:
     low, high = (words.amount(advice.metric, v, unit=False) for v in (trial.low, trial.high))
-    return f"it loses {words.amount(advice.metric, trial.lost)} ({low} to {high} over other rows)"
+    said = f"it loses {words.amount(advice.metric, trial.lost)} ({low} to {high} over other rows)"
+    if advice.metric == "loss":
+        return said
+    return f"{said} and {words.percent(trial.loss_back)} of what the updates take off the loss"

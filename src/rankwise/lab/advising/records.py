@@ -24,6 +24,7 @@ class Trial:
         score: the metric.
         lost: how much worse than the probe, in units of the metric; below 0 where it is better.
         low, high: between which ``lost`` lies over other rows, 95 %.
+        loss_back: the share of what the updates take off the loss that comes back.
         enough: whether it is as good as the probe, as far as can be told.
     """
 
@@ -36,6 +37,7 @@ class Trial:
     lost: float
     low: float
     high: float
+    loss_back: float
     enough: bool
 
     @property

@@ -137,7 +137,8 @@ class Rehearsal:
             model.eval()
             self._live.phase = Part.ACTIVATIONS
             self._live.begin()
-            row_losses(model, self._rows(batch).batch(list(range(batch))), self.task)
+            rows = self._rows(batch).batch(list(range(batch)), targets=True)
+            row_losses(model, rows, self.task)
         return self._live.peak
 
     @contextlib.contextmanager
