@@ -143,9 +143,9 @@ def test_each_epoch_sees_every_row_once(make: Make) -> None:
     whole = loop.train_rows.batch
 
     class Watched(Rows):
-        def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        def batch(self, indices: list[int], *, targets: bool = False) -> dict[str, torch.Tensor]:
             seen.extend(indices)
-            return whole(indices)
+            return whole(indices, targets=targets)
 
     rows = loop.train_rows
     loop.train_rows = Watched(rows.encoded, rows.task, rows.pad_id, rows.device)
