@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "steps": steps.rows,
     "memory": lambda _rounds: memory.rows(),
     "verbs": verbs.rows,
+    "forward": verbs.forward_rows,
     "loss": loss.rows,
 }
 
