@@ -192,6 +192,17 @@ def test_the_model_gives_its_logits_afterwards() -> None:
     assert torch.equal(model(batch["input_ids"]).logits, before)
 
 
+def test_a_model_that_reads_its_own_logits_is_served_too() -> None:
+    model, batch = llama(), batch_of()
+
+    def read(_model: nn.Module, _args: object, made: Any) -> None:
+        made.last = made.logits[:, -1]  # of which there is none without logits
+
+    model.register_forward_hook(read)
+    wanted = whole(model, batch).sum()
+    torch.testing.assert_close(summed_loss(model, batch), wanted, rtol=1e-6, atol=0)
+
+
 def test_looking_draws_no_random_numbers_and_leaves_the_mode() -> None:
     model, batch = llama(attention_dropout=0.5).train(), batch_of()
     model.lm_head.eval()

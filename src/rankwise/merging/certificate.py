@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.attaching import adapted_sites, attachments, base
-from rankwise.merging.effect import Probe, at_rest, difference, instead, outputs, recorded_inputs
+from rankwise.merging.effect import (
+    Probe,
+    at_rest,
+    difference,
+    evaluating,
+    instead,
+    outputs,
+    recorded_inputs,
+)
 from rankwise.merging.rounding import LayerCheck, check_layer, roundoff
 
 __all__ = ["Certificate", "LayerCheck", "OutputCheck", "certify"]
@@ -191,7 +198,7 @@ def certify(
     places = [(site, twins[site.name]) for site, _ in adapted]
     inputs: dict[str, Tensor] = {}
     check, bad = None, list[str]()
-    with at_rest(model), _evaluating(twins.values()):
+    with at_rest(model), evaluating(*twins.values()):  # twins are not in the model
         if probe is not None:
             with recorded_inputs(adapted) as inputs:
                 unmerged = outputs(model, probe)
@@ -214,19 +221,6 @@ def certify(
         untied=untied,
         probe=_described(probe),
     )
-
-
-@contextlib.contextmanager
-def _evaluating(twins: Iterable[nn.Module]) -> Generator[None]:
-    """The twins in evaluation mode: they are not in the model, so its mode does not reach them."""
-    modes = [(module, module.training) for twin in twins for module in twin.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_outputs(

@@ -230,25 +230,35 @@ def row_limit(layer: LoRALayer) -> int:
 
 
 @contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Generator[None]:
+    """Every module of these in evaluation mode; afterwards each in the mode that it was in.
+
+    Modes are set one by one, because a module's ``train`` and ``eval`` may do more than that.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def at_rest(model: nn.Module) -> Generator[None]:
     """Evaluation mode, no gradients, no autocast, and float32 products in full float32.
 
     All of it is put back as it was, each module's own mode too.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    kinds = {p.device.type for p in model.parameters()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(full_float32())
-        for kind in kinds:
+        for kind in {p.device.type for p in model.parameters()}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        stack.enter_context(evaluating(model))
+        yield
 
 
 @contextlib.contextmanager

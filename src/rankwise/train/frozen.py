@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +12,7 @@ from rankwise.attaching import trained_copies
 from rankwise.layers import Update, optimize_frozen, pack
 from rankwise.train.reporter import Reporter
 
-__all__ = ["at_rest", "pack_frozen", "train_mode"]
-
-
-@contextlib.contextmanager
-def at_rest(model: nn.Module) -> Generator[None]:
-    """A model in evaluation mode for the length of the block; then each module as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+__all__ = ["pack_frozen", "train_mode"]
 
 
 def train_mode(model: nn.Module, base_dropout: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import EnvironmentFault, UserError
 from rankwise.layers import Update
-from rankwise.train.frozen import at_rest
+from rankwise.merging.effect import evaluating
 from rankwise.train.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _order(model: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
         if name
     ]
     try:
-        with torch.no_grad(), at_rest(model):
+        with torch.no_grad(), evaluating(model):
             model(**probe)
     finally:
         for hook in hooks:
@@ -182,7 +182,7 @@ def _try(model: nn.Module, cut: Cut, probe: Mapping[str, Tensor]) -> None:
     """Refuse a cut from which the model does not compute what it computes whole."""
     reason = "the answers from kept states are not those of the whole model"
     same = False
-    with torch.no_grad(), at_rest(model), cut.installed(model):
+    with torch.no_grad(), evaluating(model), cut.installed(model):
         try:
             whole = model(**probe).logits
             states = cut.states(model, probe)
@@ -318,7 +318,7 @@ def _keep(
     kept: Kept | None = None
     reporter.start("frozen layers", len(order), 0)
     try:
-        with torch.no_grad(), at_rest(model):
+        with torch.no_grad(), evaluating(model):
             for first in range(0, len(order), batch_size):
                 part = order[first : first + batch_size]
                 inputs = {k: v for k, v in rows.batch(part).items() if k != "labels"}

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from rankwise.data.encode import Encoded
 from rankwise.data.language import IGNORED
+from rankwise.merging.effect import evaluating
 from rankwise.targets import is_transformers
-from rankwise.train.frozen import at_rest
 
 __all__ = ["POSITIONS", "positions", "row_losses", "summed_loss"]
 
@@ -152,7 +152,8 @@ def _predictions(model: nn.Module, batch: Mapping[str, Tensor], at: Tensor) -> _
 def _output_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module | None:
     """The output layer of a model whose logits are what that layer makes, and nothing is done to.
 
-    Some models scale or bound their logits; this is seen in what they do with two tokens.
+    Some models scale or bound their logits; this is seen in what they do with two tokens. One that
+    cannot do without logits is none of these either.
     """
     if not is_transformers(model):
         return None
@@ -161,7 +162,13 @@ def _output_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module |
         return None
     if model not in _plain:
         few = {name: value[:1, :2] for name, value in inputs.items()}
-        with torch.no_grad(), at_rest(model), _cut(head) as seen:
+        _plain[model] = False
+        with (
+            contextlib.suppress(IndexError, RuntimeError, ValueError),
+            torch.no_grad(),
+            evaluating(model),
+            _cut(head) as seen,
+        ):
             _plain[model] = model(**few).logits is seen.get("output")
     return head if _plain[model] else None
 
