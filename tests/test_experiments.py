@@ -64,6 +64,14 @@ def test_every_rank_stands_beside_the_best_with_its_size(made):
     assert "21 evaluation rows, 2 seeds." in text
 
 
+def refused(capsys, message: str, *words: str) -> None:
+    """Refused as the user's mistake, with exit code 2 and this message."""
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    assert left.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_another_rank_than_the_best_can_be_the_measure(made, capsys):
     folder, text = made
     main([str(folder), "--beside", "4"])
@@ -72,8 +80,7 @@ def test_another_rank_than_the_best_can_be_the_measure(made, capsys):
     assert cells(other)["r = 4"][2:] == ["", ""]
     assert other.split("\n\n")[2] == text.split("\n\n")[2]
     assert (folder / "ranks" / TABLE).read_text(encoding="utf-8") == text
-    with pytest.raises(SystemExit, match=r"one of \[1, 2, 4\], got 3"):
-        main([str(folder), "--beside", "3"])
+    refused(capsys, "one of [1, 2, 4], got 3", str(folder), "--beside", "3")
 
 
 def test_scores_and_differences_are_those_of_the_runs(made):
@@ -154,7 +161,5 @@ def test_what_was_stopped_goes_on_with_rows_that_have_moved(made, rows, tmp_path
 
 def test_a_comparison_without_a_whole_seed_is_refused(bert, rows, tmp_path, capsys):
     begun(tmp_path, bert, rows)
-    with pytest.raises(SystemExit, match="no seed under which LoRA is finished at every rank"):
-        main([str(tmp_path)])
-    with pytest.raises(SystemExit, match="holds no comparison"):
-        main([str(tmp_path / "other"), "--data", "a.tsv"])
+    refused(capsys, "no seed under which LoRA is finished at every rank", str(tmp_path))
+    refused(capsys, "holds no comparison", str(tmp_path / "other"), "--data", "a.tsv")

@@ -19,7 +19,7 @@ from pathlib import Path
 from experiments.ranks.study import advised, nested, read_study
 from experiments.ranks.tables import tables
 
-from rankwise.cli.console import make_reporter
+from rankwise.cli.console import fail, make_reporter
 from rankwise.errors import RankwiseError, UserError
 from rankwise.io import files
 from rankwise.lab.settings import Setting
@@ -43,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = {k: v for k in ("data", "eval") if (v := getattr(given, k)) is not None}
     try:
         sys.stdout.write(run(given.experiment, rows, make_reporter(), given.beside))
-    except (RankwiseError, Interrupted) as error:
-        sys.exit(f"Error: {error}")
+    except RankwiseError as error:
+        fail(str(error))
+        sys.exit(error.exit_code)
+    except Interrupted as stopped:
+        sys.stderr.write(f"\n{stopped}\n")
+        sys.exit(128 + stopped.number)
 
 
 def run(
