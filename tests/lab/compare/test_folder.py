@@ -47,6 +47,19 @@ def test_tuning_rows_are_cut_from_the_training_rows(start, given):
     }
 
 
+def test_a_comparison_from_before_the_heads_search_goes_on_without_it(start, given):
+    pinned = start()
+    assert pinned.grid.head_first
+    path = pinned.folder / "compare.json"
+    tree = json.loads(path.read_text())
+    del tree["config"]["search_head"]
+    path.write_text(json.dumps(tree))
+    assert not read_pinned(pinned.folder).grid.head_first
+    assert not start({}, {"seeds": 7}).grid.head_first
+    with pytest.raises(UserError, match="--search-head was False and is now True"):
+        start({}, {"search_head": True})
+
+
 def test_the_tuning_rows_have_a_limit(start):
     assert start(compared={"tuning_rows": 4}).parts["search-eval"].rows == 4
 

@@ -65,6 +65,17 @@ def test_a_search_at_every_rank_is_told(made, compared, lora):
     assert "LoRA was searched at r = 2 alone" in told([found], compared.pinned)
 
 
+def test_the_rate_of_the_heads_is_told(made, compared, lora):
+    head = made("head", {"method": "head"}, {1e-2: 0.5, 3e-2: 0.7}, Settled(3e-2))
+    found = made("LoRA r=2", lora(2), {1e-3: 0.5}, Settled(1e-3))
+    said = "the output layer of every other method learned at its best rate, 0.03 (--head-lr)"
+    assert said in told([head, found], compared.pinned)
+    none = made("head", {"method": "head"}, {1e-2: math.nan}, Settled(None))
+    assert "Head-only training found no rate" in told([none, found], compared.pinned)
+    off = compared.pinned.config.model_copy(update={"search_head": False})
+    assert "Head-only" not in told([head, found], replace(compared.pinned, config=off))
+
+
 def test_no_search_is_told(compared):
     section = searching([], compared.pinned)
     assert "There was no search" in section.sentences[0]

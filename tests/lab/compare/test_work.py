@@ -1,6 +1,7 @@
 """What is left to do follows from what is done, and from nothing else."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,20 +30,67 @@ def names(cells) -> list[str]:
     return [cell.name for cell in cells]
 
 
+SEARCHES = (
+    ("head", (1e-3, 3e-3, 1e-2)),
+    ("lora-r1", (3e-4, 1e-3, 3e-3)),
+    ("lora-r2", (3e-4, 1e-3, 3e-3)),
+)
+
+
 def test_searches_come_first():
-    work = work_of(grid(), {}, "accuracy")
+    work = work_of(grid(search_head=False), {}, "accuracy")
     assert names(work.cells) == [
-        f"search/{key}-lr{rate:g}"
-        for key, rates in (
-            ("head", (1e-3, 3e-3, 1e-2)),
-            ("lora-r1", (3e-4, 1e-3, 3e-3)),
-            ("lora-r2", (3e-4, 1e-3, 3e-3)),
-        )
-        for rate in rates
+        f"search/{key}-lr{rate:g}" for key, rates in SEARCHES for rate in rates
     ]
     assert work.settled == {}
     assert work.count == 9 + 6
     assert work.expected > sum(cell.cost for cell in work.cells)
+
+
+def test_the_heads_search_comes_before_the_others():
+    first = work_of(grid(), {}, "accuracy")
+    assert names(first.cells) == [f"search/head-lr{rate:g}" for rate in SEARCHES[0][1]]
+    assert first.count == 9 + 6  # what waits is in the count, and in the time that is left
+    assert first.expected == work_of(grid(search_head=False), {}, "accuracy").expected
+    done = {name: score(name) for name in names(first.cells)}
+    assert f"search/lora-r1-lr{1e-3:g}" in names(work_of(grid(), done, "accuracy").cells)
+
+
+def test_every_other_method_learns_its_head_at_the_best_rate_of_the_head_alone():
+    made, done = grid(methods="full,lora", ranks="2"), {}
+    while left := work_of(made, done, "accuracy").left(done):
+        done[left[0].name] = score(left[0].name)
+    cells = work_of(made, done, "accuracy").cells
+    assert not [cell for cell in cells if cell.name.startswith("runs/head")]  # not compared
+    for cell in cells:
+        head = cell.config.method == "head"
+        assert cell.config.head_lr == (None if head else 3e-3), cell.name
+    assert {cell.config.method for cell in cells} == {"head", "full", "lora"}
+
+
+def test_a_head_that_never_trains_leaves_the_others_their_own_rate():
+    done = {f"search/head-lr{rate:g}": Outcome(math.nan, math.nan) for rate in SEARCHES[0][1]}
+    work = work_of(grid(widen=0), done, "accuracy")
+    others = [cell for cell in work.cells if cell.name not in done]
+    assert others
+    assert {cell.config.head_lr for cell in others} == {None}
+
+
+@pytest.mark.parametrize(
+    ("shared", "options"),
+    [
+        ({"head_lr": 0.02}, {}),  # given, so there is nothing to search
+        ({"task": "causal-lm"}, {}),  # the output layer stays as it is
+        ({}, {"search_head": False}),
+        ({}, {"rates": 1}),  # no search of anything
+    ],
+)
+def test_where_the_head_is_not_searched_first(shared, options):
+    made = replace(grid(**options), shared={**SHARED, **shared})
+    assert not made.head_first
+    work = work_of(made, {}, "accuracy")
+    assert any(cell.config.method == "lora" for cell in work.cells)
+    assert {cell.config.head_lr for cell in work.cells} == {shared.get("head_lr")}
 
 
 def test_a_search_that_is_over_sets_its_runs_free():

@@ -130,7 +130,8 @@ def read_pinned(folder: Path) -> Pinned:
             folder=folder,
             given=dict(tree["given"]),
             settled=dict(tree["settled"]),
-            config=CompareConfig.model_validate(tree["config"]),
+            # an option that came later is off in what was begun before it
+            config=CompareConfig.model_validate({"search_head": False, **tree["config"]}),
             labels=int(tree["labels"]),
             parts={name: Part(**part) for name, part in tree["parts"].items()},
             notes=tuple(tree["notes"]),

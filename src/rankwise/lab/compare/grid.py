@@ -12,7 +12,10 @@ from rankwise.lab.compare.options import LORA_ONLY, METHODS, CompareConfig
 from rankwise.lab.compare.rows import rows_file
 from rankwise.train.config import LEARNING_RATES, FitConfig, make_config
 
-__all__ = ["Cell", "Grid", "Regime"]
+__all__ = ["HEAD", "Cell", "Grid", "Regime"]
+
+HEAD = "head"
+"""The method that trains the output layer alone."""
 
 # Forward, backward through the activations, backward to the weights: what each method computes.
 _PASSES = {"head": 1, "full": 3}
@@ -51,12 +54,21 @@ class Grid:
         config: what is compared.
         shared: the options of fit that every run has, bar those of LoRA alone for the others.
         rows: training rows of the runs and of the searches.
+        head_rate: learning rate of the output layer, where it has one of its own.
     """
 
     folder: Path
     config: CompareConfig
     shared: Mapping[str, Any]
     rows: Mapping[str, int]
+    head_rate: float | None = None
+
+    @property
+    def head_first(self) -> bool:
+        """Whether the search of the head comes first and gives its rate to all others."""
+        wanted = self.config.search_head and self.config.rates > 1
+        given = self.shared.get("head_lr") is not None
+        return wanted and not given and self.shared["task"] != "causal-lm"
 
     def regimes(self) -> list[Regime]:
         """The settings in the order of the methods, each once: two rules for α meet in one."""
@@ -68,7 +80,7 @@ class Grid:
 
     def searches(self) -> dict[str, Mapping[str, Any]]:
         """What each search asks of its runs, by the key of the search."""
-        found: dict[str, Mapping[str, Any]] = {}
+        found: dict[str, Mapping[str, Any]] = {HEAD: METHODS[HEAD]} if self.head_first else {}
         for name in self.config.methods:
             if METHODS[name]["method"] != "lora":
                 found[name] = METHODS[name]
@@ -115,6 +127,8 @@ class Grid:
         shared = {k: v for k, v in self.shared.items() if lora or k not in LORA_ONLY}
         if options["method"] == "full":
             shared["dtype"] = "float32"  # a base that trains itself takes no other
+        if self.head_rate is not None and options["method"] != HEAD:
+            shared["head_lr"] = self.head_rate
         own = {
             "data": str(rows_file(self.folder, train)),
             "eval": str(rows_file(self.folder, held)),

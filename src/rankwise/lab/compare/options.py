@@ -61,6 +61,10 @@ class CompareConfig(BaseModel):
     moves with r (docs/math.md (2)), so that one rate for all ranks would show in the curve over the
     ranks as if it were a property of the rank. It costs some three runs for each rank beside the
     ``seeds`` runs that it has anyway. A number means one search at that rank for all.
+
+    On ``search_head``: an output layer that is new starts from noise and wants a rate that is often
+    tens of times that of the update beside it. Under one rate for both, a method whose best rate
+    is low trains its head too little, and what looks like the update's limit is the head's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,6 +89,11 @@ class CompareConfig(BaseModel):
         0.2, "Share of the training rows that the search is judged on.", gt=0, lt=1
     )
     tuning_rows: Positive = _option(2000, "The search is judged on so many rows at most.")
+    search_head: bool = _option(
+        True,
+        "Search head-only's rate first, and let every other method learn its output layer at the "
+        "best one (--head-lr), unless --head-lr is given.",
+    )
     search_rows: Positive | None = _option(
         None, "The search's runs train on so many rows at most; on all the others when not given."
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.lab import words
 from rankwise.lab.compare.folder import Pinned
+from rankwise.lab.compare.grid import HEAD
 from rankwise.lab.compare.tuning import Settled
 from rankwise.lab.curves import MOST, Part
 from rankwise.lab.drawing import Cell, Figure, name_axes, render
@@ -83,6 +84,8 @@ def _how(searches: Sequence[Found], pinned: Pinned) -> list[str]:
         f"{words.count(config.widen, 'time')} at most."
     )
     said = [cut, steps]
+    if pinned.grid.head_first:
+        said.append(_of_the_head(searches))
     if any(run.rank is not None for found in searches for _, run in found.tried):
         said.append(
             "LoRA had a search at every rank."
@@ -91,6 +94,18 @@ def _how(searches: Sequence[Found], pinned: Pinned) -> list[str]:
             "rate, which may suit some of them less: part of what the curves over the rank show."
         )
     return said
+
+
+def _of_the_head(searches: Sequence[Found]) -> str:
+    """What rate the output layer has in the runs beside head-only's."""
+    head = next((f for f in searches if f.key == HEAD), None)
+    if head is None or head.settled.rate is None:
+        return "Head-only training found no rate, so every output layer learned at its method's."
+    return (
+        f"Head-only training was searched first, and the output layer of every other method "
+        f"learned at its best rate, {head.settled.rate:g} (--head-lr). The rates below are those "
+        "of what each method trains beside it."
+    )
 
 
 def _what_came(searches: Sequence[Found]) -> list[str]:

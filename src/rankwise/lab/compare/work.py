@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rankwise.lab.compare.grid import Cell, Grid
+from rankwise.lab.compare.grid import HEAD, Cell, Grid
 from rankwise.lab.compare.tuning import Outcome, Settled, ladder, nearest_rung, search
 
 __all__ = ["Work", "work_of"]
@@ -36,6 +36,9 @@ class Work:
 def work_of(grid: Grid, outcomes: Mapping[str, Outcome], metric: str) -> Work:
     """The runs that the grid needs, given what those of them that are over have come to.
 
+    Where the output layer is to have the best rate of head-only training, that search comes first,
+    and all but head-only waits for it.
+
     Args:
         grid: what is compared.
         outcomes: by the names of the cells.
@@ -43,11 +46,16 @@ def work_of(grid: Grid, outcomes: Mapping[str, Outcome], metric: str) -> Work:
     """
     cells: list[Cell] = []
     settled: dict[str, Settled] = {}
-    for key in grid.searches():
-        found = _search(grid, key, outcomes, metric)
-        settled |= {key: found[1]} if found[1] is not None else {}
-        cells += found[0]
     unsure: list[Cell] = []
+    waiting = False
+    for key in grid.searches():
+        found, place = _search(grid, key, {} if waiting else outcomes, metric)
+        (unsure if waiting else cells).extend(found)
+        if place is not None:
+            settled[key] = place
+        if key == HEAD and grid.head_first:
+            waiting = place is None
+            grid = replace(grid, head_rate=None if place is None else place.rate)
     for seed in range(grid.config.seeds):
         for regime in grid.regimes():
             place = settled.get(regime.search)
