@@ -28,8 +28,8 @@ def made(record, lora):
     return make
 
 
-def told(searches, pinned):
-    return "\n".join(searching(searches, pinned).sentences)
+def told(searches, pinned, head_rate=None):
+    return "\n".join(searching(searches, pinned, head_rate).sentences)
 
 
 def test_a_search_that_ends_inside_is_told(made, compared):
@@ -66,14 +66,18 @@ def test_a_search_at_every_rank_is_told(made, compared, lora):
 
 
 def test_the_rate_of_the_heads_is_told(made, compared, lora):
-    head = made("head", {"method": "head"}, {1e-2: 0.5, 3e-2: 0.7}, Settled(3e-2))
     found = made("LoRA r=2", lora(2), {1e-3: 0.5}, Settled(1e-3))
-    said = "the output layer of every other method learned at its best rate, 0.03 (--head-lr)"
-    assert said in told([head, found], compared.pinned)
-    none = made("head", {"method": "head"}, {1e-2: math.nan}, Settled(None))
-    assert "Head-only training found no rate" in told([none, found], compared.pinned)
+    said = "the output layer of every other method learned at 0.03 (--head-lr), the lowest rate"
+    assert said in told([found], compared.pinned, 0.03)
+    assert "Head-only training found no rate" in told([found], compared.pinned, None)
     off = compared.pinned.config.model_copy(update={"search_head": False})
-    assert "Head-only" not in told([head, found], replace(compared.pinned, config=off))
+    assert "Head-only" not in told([found], replace(compared.pinned, config=off))
+
+
+def test_the_rate_of_the_heads_is_that_of_the_runs(compared):
+    beside = [run for run in compared.runs if run.rank is not None]
+    assert {run.config["head_lr"] for run in beside} == {compared.head_rate}
+    assert f"learned at {compared.head_rate:g} (--head-lr)" in compared.report.read_text("utf-8")
 
 
 def test_no_search_is_told(compared):

@@ -13,6 +13,7 @@ from rankwise.lab.compare.tuning import (
     ladder,
     nearest_rung,
     search,
+    sparing_rate,
 )
 
 
@@ -102,3 +103,20 @@ def test_the_order_in_which_runs_end_does_not_matter(scores, data):
         done = data.draw(st.sampled_from(found))
         tried[done] = score(done)
     assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("scores", "metric", "rate"),
+    [
+        ({1e-3: 0.5, 1e-2: 0.69, 3e-2: 0.70, 1e-1: 0.695}, "accuracy", 1e-2),  # 95 % of the gain
+        ({1e-3: 0.5, 1e-2: 0.68, 3e-2: 0.70, 1e-1: 0.695}, "accuracy", 3e-2),
+        ({1e-3: 0.9, 1e-2: 0.42, 3e-2: 0.40}, "loss", 1e-2),
+        ({1e-3: 0.6, 1e-2: 0.6}, "accuracy", 1e-3),  # nothing gained anywhere
+        ({1e-3: 0.6, 1e-2: math.nan}, "accuracy", 1e-3),
+        ({1e-3: math.nan}, "accuracy", None),
+        ({}, "accuracy", None),
+    ],
+)
+def test_the_lowest_rate_that_keeps_almost_all_of_the_gain(scores, metric, rate):
+    tried = {rate: Outcome(score, 1.0) for rate, score in scores.items()}
+    assert sparing_rate(tried, metric) == rate

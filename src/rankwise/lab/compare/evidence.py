@@ -38,6 +38,7 @@ class Evidence:
         pinned: what it holds to.
         runs: every run that is compared, from the fewest trained parameters up.
         searches: every search for a learning rate, in the order of the methods.
+        head_rate: learning rate of the output layer in all but head-only, where it has its own.
         reference: the label of what the others are compared with; None for the usual one.
         spectra: singular values of the update that LoRA learned at the largest rank.
         left: how many runs are still to be done, as far as that can be told now.
@@ -46,6 +47,7 @@ class Evidence:
     pinned: Pinned
     runs: tuple[RunRecord, ...]
     searches: tuple[Found, ...]
+    head_rate: float | None
     reference: str | None
     spectra: Spectra
     left: int
@@ -74,7 +76,7 @@ class Evidence:
             runs=self.runs,
             reference=self.reference,
             spectra=self.spectra,
-            sections=[searching(self.searches, self.pinned)],
+            sections=[searching(self.searches, self.pinned, self.head_rate)],
             notes=self.pinned.notes,
             numbers=self.pinned.folder / NUMBERS,
         )
@@ -106,6 +108,7 @@ def read_evidence(pinned: Pinned) -> Evidence:
         pinned,
         tuple(runs),
         tuple(searches),
+        work.head_rate,
         _reference(runs, pinned.config.reference),
         _spectra(runs),
         work.count - len(outcomes),

@@ -92,7 +92,7 @@ class CompareConfig(BaseModel):
     search_head: bool = _option(
         True,
         "Search head-only's rate first, and let every other method learn its output layer at the "
-        "best one (--head-lr), unless --head-lr is given.",
+        "lowest of the good ones (--head-lr), unless --head-lr is given.",
     )
     search_rows: Positive | None = _option(
         None, "The search's runs train on so many rows at most; on all the others when not given."

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.lab import words
 from rankwise.lab.compare.folder import Pinned
-from rankwise.lab.compare.grid import HEAD
-from rankwise.lab.compare.tuning import Settled
+from rankwise.lab.compare.tuning import KEPT, Settled
 from rankwise.lab.curves import MOST, Part
 from rankwise.lab.drawing import Cell, Figure, name_axes, render
 from rankwise.lab.families import families
@@ -42,8 +41,8 @@ class Found:
         return self.tried[0][1].name
 
 
-def searching(searches: Sequence[Found], pinned: Pinned) -> Section:
-    """The part of a report about the learning rates."""
+def searching(searches: Sequence[Found], pinned: Pinned, head_rate: float | None = None) -> Section:
+    """The part of a report about the learning rates, the output layer's own among them."""
     if not searches:
         none = (
             "There was no search (--rates 1): every method ran at the default learning rate of "
@@ -57,7 +56,8 @@ def searching(searches: Sequence[Found], pinned: Pinned) -> Section:
         _figure(part, [by_label[s.label] for s in part.settings], styles, pinned.metric)
         for part in _parts(settings)
     ]
-    sentences = (*_how(searches, pinned), *_what_came(searches))
+    head = [_of_the_head(head_rate)] if pinned.grid.head_first else []
+    sentences = (*_how(searches, pinned), *head, *_what_came(searches))
     return Section("rates", TITLE, sentences, tuple(drawn))
 
 
@@ -84,8 +84,6 @@ def _how(searches: Sequence[Found], pinned: Pinned) -> list[str]:
         f"{words.count(config.widen, 'time')} at most."
     )
     said = [cut, steps]
-    if pinned.grid.head_first:
-        said.append(_of_the_head(searches))
     if any(run.rank is not None for found in searches for _, run in found.tried):
         said.append(
             "LoRA had a search at every rank."
@@ -96,15 +94,14 @@ def _how(searches: Sequence[Found], pinned: Pinned) -> list[str]:
     return said
 
 
-def _of_the_head(searches: Sequence[Found]) -> str:
+def _of_the_head(rate: float | None) -> str:
     """What rate the output layer has in the runs beside head-only's."""
-    head = next((f for f in searches if f.key == HEAD), None)
-    if head is None or head.settled.rate is None:
+    if rate is None:
         return "Head-only training found no rate, so every output layer learned at its method's."
     return (
-        f"Head-only training was searched first, and the output layer of every other method "
-        f"learned at its best rate, {head.settled.rate:g} (--head-lr). The rates below are those "
-        "of what each method trains beside it."
+        "Head-only training was searched first, and the output layer of every other method learned "
+        f"at {rate:g} (--head-lr), the lowest rate that kept {100 * KEPT:g} % of what that search "
+        "gained. The rates of the other methods are those of what they train beside it."
     )
 
 

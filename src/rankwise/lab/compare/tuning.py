@@ -8,7 +8,19 @@ from dataclasses import dataclass
 
 from rankwise.train.metrics import better
 
-__all__ = ["Outcome", "Settled", "best_rate", "ladder", "nearest_rung", "search"]
+__all__ = [
+    "KEPT",
+    "Outcome",
+    "Settled",
+    "best_rate",
+    "ladder",
+    "nearest_rung",
+    "search",
+    "sparing_rate",
+]
+
+KEPT = 0.95
+"""Share of what a search gained that :func:`sparing_rate` keeps."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,21 @@ def search(
         else:  # the lowest is the best, or all have diverged
             low -= 1
     raise AssertionError("unreachable")
+
+
+def sparing_rate(tried: Mapping[float, Outcome], metric: str) -> float | None:
+    """The lowest rate that keeps 95 % of what the best one gained over the worst; None for none.
+
+    For an output layer that learns beside something else. Alone, on features that stay, it often
+    scores alike over a range of rates whose upper end is best by luck; on features that move, the
+    lower end shakes them less.
+    """
+    sign = 1.0 if better(metric, 1.0, 0.0) else -1.0
+    gains = {rate: sign * found.score for rate, found in tried.items() if not found.diverged}
+    if not gains:
+        return None
+    worst, best = min(gains.values()), max(gains.values())
+    return min(rate for rate, gain in gains.items() if gain >= worst + KEPT * (best - worst))
 
 
 def best_rate(rates: Sequence[float], tried: Mapping[float, Outcome], metric: str) -> float | None:

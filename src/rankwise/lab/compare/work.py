@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rankwise.lab.compare.grid import HEAD, Cell, Grid
-from rankwise.lab.compare.tuning import Outcome, Settled, ladder, nearest_rung, search
+from rankwise.lab.compare.tuning import (
+    Outcome,
+    Settled,
+    ladder,
+    nearest_rung,
+    search,
+    sparing_rate,
+)
 
 __all__ = ["Work", "work_of"]
 
@@ -21,12 +28,14 @@ class Work:
         settled: the searches that are over, by their key.
         expected: the cost of the whole grid, as far as it can be told now.
         count: how many runs the whole grid has, as far as that can be told now.
+        head_rate: the output layer's learning rate in all but head-only, where it has its own.
     """
 
     cells: tuple[Cell, ...]
     settled: Mapping[str, Settled]
     expected: int
     count: int
+    head_rate: float | None
 
     def left(self, outcomes: Mapping[str, Outcome]) -> list[Cell]:
         """The runs that are needed and have come to nothing yet."""
@@ -36,8 +45,8 @@ class Work:
 def work_of(grid: Grid, outcomes: Mapping[str, Outcome], metric: str) -> Work:
     """The runs that the grid needs, given what those of them that are over have come to.
 
-    Where the output layer is to have the best rate of head-only training, that search comes first,
-    and all but head-only waits for it.
+    Where the output layer is to have a rate that head-only training was good at, that search comes
+    first, and all but head-only waits for it.
 
     Args:
         grid: what is compared.
@@ -55,7 +64,9 @@ def work_of(grid: Grid, outcomes: Mapping[str, Outcome], metric: str) -> Work:
             settled[key] = place
         if key == HEAD and grid.head_first:
             waiting = place is None
-            grid = replace(grid, head_rate=None if place is None else place.rate)
+            tried = {cell.config.learning_rate: cell.name for cell in found}
+            known = {rate: outcomes[name] for rate, name in tried.items() if name in outcomes}
+            grid = replace(grid, head_rate=None if waiting else sparing_rate(known, metric))
     for seed in range(grid.config.seeds):
         for regime in grid.regimes():
             place = settled.get(regime.search)
@@ -64,7 +75,7 @@ def work_of(grid: Grid, outcomes: Mapping[str, Outcome], metric: str) -> Work:
             elif place.rate is not None:
                 cells.append(grid.run_cell(regime, place.rate, seed))
     expected = sum(cell.cost for cell in (*cells, *unsure))
-    return Work(tuple(cells), settled, expected, len(cells) + len(unsure))
+    return Work(tuple(cells), settled, expected, len(cells) + len(unsure), grid.head_rate)
 
 
 def _search(
