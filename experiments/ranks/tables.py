@@ -65,7 +65,7 @@ def _told(found: Comparison, made: Sequence[Comparison]) -> str:
         f"- {found.setting.label}: {way} {best.label}, {'more than' if found.clear else 'within'} "
         "the noise"
     )
-    if found.noise is not None:
+    if found.noise is not None and not found.clear:
         seen = words.amount(metric, found.noise.half_width(1 - LEVEL / len(made)))
         said += f" (a difference below about {seen} would not be seen)"
     if found.verdict == "worse":

@@ -76,4 +76,7 @@ def test_mistakes_are_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "'rank' is no option. Did you mean 'ranks'" in capsys.readouterr().err
     assert left("compare", "--out", tmp_path / "a", "--report-only") == 2
     assert "holds no comparison" in capsys.readouterr().err
+    report = ("compare", "--out", tmp_path / "a", "--report-only")
+    assert left(*report, "--seeds", "4", "--jobs", "2") == 2
+    assert "--report-only trains nothing, so leave out --seeds, --jobs." in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

@@ -62,6 +62,20 @@ def test_axes_are_named_with_their_units(sweep, draw):
     assert set(wanted[figure.name]) <= set(texts(figure))
 
 
+def test_to_the_right_is_better_where_less_is_better_too(record, lora):
+    def by_loss(tree):
+        tree.update(metric="loss")
+
+    runs = [
+        record("full", {"method": "full"}, 0.7, edit=by_loss),
+        record("LoRA r=2", lora(2), 0.8, edit=by_loss),
+    ]
+    figure = beside_reference(group_runs(runs))
+    assert figure.rows[0][:2] == ("LoRA r=2", pytest.approx(0.1))
+    assert figure.columns[1] == "better by"
+    assert "loss of the reference less that of the method" in texts(figure)
+
+
 def test_ranks_stand_at_their_places_and_references_lie_level(sweep):
     figure = figures.quality_by_rank(group_runs(sweep))
     assert {"1", "2", "4", "8", "16", "32"} <= set(texts(figure))

@@ -197,9 +197,19 @@ def test_the_other_methods_are_what_is_attached_and_what_is_saved(
 
 def test_every_method_is_counted(bert: Path) -> None:
     made = counted(bert, target_modules=["query"])
-    assert [each.method for each in made.methods] == list(METHODS)
+    assert list(dict.fromkeys(each.method for each in made.methods)) == list(METHODS)
     assert made.task == "classification"
     assert any("classifier" in note for note in made.notes)
+
+
+def test_bottlenecks_are_counted_in_both_ways_unless_one_is_named(bert: Path) -> None:
+    both = [m for m in counted(bert, target_modules=["query"]).methods if m.method == "bottleneck"]
+    assert [m.name for m in both] == ["bottleneck m=64, Houlsby", "bottleneck m=64, Pfeiffer"]
+    network = 2 * 32 * 64 + 64 + 32  # two of them in each of two layers, or one
+    norms = 5 * 2 * 32  # Houlsby et al. train the normalisations as well: the layers' and the first
+    assert [m.adapter for m in both] == [4 * network + norms, 2 * network]
+    named = counted(bert, target_modules=["query"], adapter_placement="pfeiffer").methods
+    assert [m for m in named if m.method == "bottleneck"] == [both[1]]
 
 
 def test_layers_of_one_shape_are_told_together(bert: Path) -> None:

@@ -55,13 +55,20 @@ def command(
     from rankwise.train.config import read_config
 
     values = given({"out": out, **options})
+    if report_only:
+        beside = [name for name in values if name not in ("out", "reference")]
+        beside += [] if jobs is None else ["jobs"]
+        if beside:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+            raise UserError(f"--report-only trains nothing, so leave out {flags}.")
+    typed = values.get("reference")
     if config is not None:
         values = read_config(config) | values
     if "out" not in values:
         raise UserError("--out is required: the folder of the comparison.")
     folder = str(values.pop("out"))
     if report_only:
-        found = report_compare(folder)
+        found = report_compare(folder, typed)
     else:
         compared = {k: values.pop(k) for k in CompareConfig.model_fields if k in values}
         found = run_compare(folder, values, compared, jobs=jobs, reporter=make_reporter())

@@ -20,6 +20,7 @@ __all__ = [
     "folder",
     "missing",
     "read_fault",
+    "refuse_working_folder",
     "sha256_file",
     "write_bytes",
     "write_chunks",
@@ -122,7 +123,7 @@ def folder(path: str | os.PathLike[str]) -> Generator[Path]:
         UserError: ``path`` is a file or lies below one, or the process stands inside it.
     """
     target = _resolved(path)
-    _refuse_working_folder(target)
+    refuse_working_folder(path)
     with _explained(target):
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
@@ -250,8 +251,13 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_working_folder(target: Path) -> None:
-    here = Path.cwd()
+def refuse_working_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be replaced, before the work whose results are to lie there.
+
+    Raises:
+        UserError: the process stands in it or below it.
+    """
+    target, here = _resolved(path), Path.cwd()
     if here == target or target in here.parents:
         raise UserError(
             f"'{target}' is the folder this process works in, or holds it, and a folder is "

@@ -161,6 +161,8 @@ def beside_reference(settings: Sequence[Setting], made: Sequence[Comparison]) ->
     metric = reference.first.metric
     factor, _ = unit_of(metric)
     unit = " (points)" if metric == "accuracy" else ""
+    higher = higher_is_better(metric)  # to the right is better, whatever the metric
+    apart = "less that of the reference" if higher else "of the reference less that of the method"
 
     def paint(axes: Axes) -> None:
         axes.axvline(0, color=styles[reference.label].colour, linewidth=1.6)
@@ -178,7 +180,7 @@ def beside_reference(settings: Sequence[Setting], made: Sequence[Comparison]) ->
             )
         axes.set_yticks(range(len(known)), [drawable(c.setting.label, 26) for c, _ in known])
         axes.set_ylim(len(known) - 0.5, -0.5)
-        name_axes(axes, f"{metric} less that of the reference{unit}", "")
+        name_axes(axes, f"{metric} {apart}{unit}", "")
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
 
@@ -203,7 +205,7 @@ def beside_reference(settings: Sequence[Setting], made: Sequence[Comparison]) ->
         svg=render("beside-reference", 90 + 26 * len(known), paint),
         key=(),
         columns=(
-            *("method", "difference", "low", "high", "standard error", "degrees of freedom"),
+            *("method", "better by", "low", "high", "standard error", "degrees of freedom"),
             *("p", "p after Holm", "verdict"),
         ),
         rows=tuple(rows),

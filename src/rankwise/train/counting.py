@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -83,7 +83,7 @@ class ModelCount:
         task: what the model is for; it decides its head.
         base: parameters of the model with its head, and nothing added.
         shapes: the layers that LoRA adapts, by shape and rank, the most numerous first.
-        methods: the methods, in the order of METHODS.
+        methods: the methods, in the order of METHODS; bottleneck adapters by their placement.
         notes: what a user should know, such as why a method is not among them.
     """
 
@@ -114,18 +114,14 @@ def count_model(config: FitConfig, labels: int = 2, methods: Sequence[str] = MET
     shapes: tuple[ShapeCount, ...] = ()
     notes: dict[str, None] = {}
     task, base = "", 0
-    for word in methods:
+    for options in _wanted(config, methods):
         model, task = make_skeleton(config.model, config.task, labels, config.revision)
         base = sum(p.numel() for p in model.parameters())
-        options = config.model_copy(update={"method": word})
-        if word == "bottleneck" and len(methods) > 1:  # the targets beside LoRA's are LoRA's
-            everywhere = {"target_modules": None, "exclude_modules": [], "layers": None}
-            options = options.model_copy(update=everywhere)
         bare = Base(model, None, config.model, "", (), None)  # type: ignore[arg-type]
         try:
             done = attach(model, make_method(options, bare))
         except UserError as error:
-            if word == "lora" or len(methods) == 1:
+            if options.method == "lora" or len(methods) == 1:
                 raise
             notes[f"{method_record(options)[0]}: {error}"] = None
             continue
@@ -134,6 +130,20 @@ def count_model(config: FitConfig, labels: int = 2, methods: Sequence[str] = MET
             notes |= dict.fromkeys(done.notes)
         found.append(_count(model, options, base, done.method))
     return ModelCount(config.model, task, base, shapes, tuple(found), tuple(notes))
+
+
+def _wanted(config: FitConfig, methods: Sequence[str]) -> Iterator[FitConfig]:
+    """The options of each method; bottlenecks beside others in both ways, where none is named."""
+    for word in methods:
+        options = config.model_copy(update={"method": word})
+        if word != "bottleneck" or len(methods) == 1:
+            yield options
+            continue
+        # the targets beside LoRA's are LoRA's
+        everywhere = {"target_modules": None, "exclude_modules": [], "layers": None}
+        named = options.adapter_placement
+        for placement in ("houlsby", "pfeiffer") if named is None else (named,):
+            yield options.model_copy(update={**everywhere, "adapter_placement": placement})
 
 
 def _count(model: nn.Module, options: FitConfig, base: int, method: Method) -> MethodCount:

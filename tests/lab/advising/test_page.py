@@ -53,11 +53,16 @@ def test_the_smaller_of_both_kinds_is_advised(advice: Advice) -> None:
 
 
 def test_no_gain_and_no_cut_are_said(advice: Advice) -> None:
-    none = replace(advice, gained=False, trials=advice.trials[:2])
+    none = replace(advice, trials=advice.trials[:2])
     told = " ".join(summary(none))
-    assert "no more than the noise" in told
     assert "No cut is as good as the probe" in told
     assert "--r 64" in told
+    nothing = replace(advice, gained=False)
+    told = " ".join(summary(nothing))
+    assert "no more than the noise" in told
+    assert "No rank is advised; the configuration has the probe's own, r = 32." in told
+    assert "enough" not in told
+    assert nothing.chosen is None
 
 
 def test_the_figure_has_every_trial(advice: Advice) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from rankwise.errors import UserError
 from rankwise.io.peft_alone import read_peft_alone
 from rankwise.lab.advising import CONFIG, RECORDS, REPORT, TRIMMED, Advice, Advise, advise, summary
 from rankwise.lab.advising.options import PROBE_R
-from rankwise.lab.advising.running import silenced
+from rankwise.lab.advising.running import _write, silenced
+from rankwise.methods.adapter import adapter_of
 from rankwise.train.config import make_config, read_config
 from rankwise.train.reporter import Silent
+from rankwise.train.restore import restore
+from rankwise.train.trying import bench_of_tuning
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +74,35 @@ def test_the_evaluation_rows_chose_nothing(made: Advice) -> None:
     assert made.rows == round(48 * 0.2)
 
 
-def test_the_config_is_the_runs_own_and_the_adapter_is_the_cut(
-    made: Advice, options: Callable[..., Advise], rows: Path
-) -> None:
-    values = read_config(str(Path(made.out) / CONFIG))
-    config = make_config(values, "test")
-    chosen = made.chosen
-    assert chosen is not None
+def test_where_nothing_is_gained_nothing_is_advised(made: Advice, rows: Path) -> None:
+    out = Path(made.out)
+    assert not made.gained  # ten rows tell little
+    assert made.chosen is None
+    assert not (out / TRIMMED).exists()
+    config = make_config(read_config(str(out / CONFIG)), "test")
+    assert (config.r, config.alpha, config.rank_pattern) == (4, 8, {})
     assert config.eval == str(rows / "dev.tsv")
-    assert config.out == str(Path(made.out) / "advised")
-    cut = read_peft_alone(Path(made.out) / TRIMMED)
-    assert {n: f.r for n, f in cut.factors.items()} == {n: k for n, k in chosen.ranks.items() if k}
-    text = (Path(made.out) / CONFIG).read_text(encoding="utf-8")
-    assert all(f"# {sentence}" in text for sentence in summary(made))
+    assert config.out == str(out / "advised")
+    assert "# No rank is advised" in (out / CONFIG).read_text(encoding="utf-8")
+
+
+def test_the_config_has_the_ranks_and_the_adapter_is_the_cut(
+    made: Advice, options: Callable[..., Advise], tmp_path: Path
+) -> None:
+    advice = replace(made, gained=True, out=str(tmp_path))
+    chosen = advice.chosen
+    assert chosen is not None
+    restored = restore(str(Path(made.out) / "probe"))
+    whole = adapter_of(restored.base.model)
+    bench = bench_of_tuning(restored, Silent())
+    _write(options(out=str(tmp_path)), advice, whole, bench)
+    config = make_config(read_config(str(tmp_path / CONFIG)), "test")
+    kept = {n: k for n, k in chosen.ranks.items() if k}
+    assert {n: config.rank_pattern.get(n, config.r) for n in kept} == kept
+    cut = read_peft_alone(tmp_path / TRIMMED)
+    assert {n: f.r for n, f in cut.factors.items()} == kept
+    text = (tmp_path / CONFIG).read_text(encoding="utf-8")
+    assert all(f"# {sentence}" in text for sentence in summary(advice))
 
 
 def test_the_same_command_again_trains_and_tries_nothing(
@@ -108,6 +129,27 @@ def test_ranks_by_layer_keep_the_scale_of_the_probe(options: Callable[..., Advis
     assert config.rank_pattern == {names[2]: 5}
     assert config.alpha_pattern == {names[2]: 15}
     assert config.exclude_modules == ["pooler", names[3]]
+
+
+def test_ranks_by_layer_keep_the_scale_of_a_rank_stabilized_probe(
+    options: Callable[..., Advise],
+) -> None:
+    config = options(r=16, alpha=8, rank_stabilized=True).advised({"a": 4, "b": 4, "c": 9})
+    assert 8 / 16**0.5 == 2
+    assert (config.r, config.alpha) == (4, 4)  # 4 / √4
+    assert config.alpha_pattern == {"c": 6}  # 6 / √9
+
+
+def test_another_probe_has_trials_of_its_own(
+    made: Advice, options: Callable[..., Advise], tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(made.out, out)
+    shutil.rmtree(out / "probe")
+    other = advise(options(out=str(out), lr=0.001, epochs=1), Silent())
+    alone = advise(options(out=str(tmp_path / "alone"), lr=0.001, epochs=1), Silent())
+    assert replace(other, out="") == replace(alone, out="")
+    assert other.probe_score != made.probe_score or other.trials != made.trials
 
 
 def test_what_is_no_question_of_rank_is_refused(options: Callable[..., Advise]) -> None:

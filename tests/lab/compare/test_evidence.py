@@ -86,9 +86,20 @@ def test_the_reference_is_found_by_its_key(moved):
     evidence = read_evidence(named)
     assert evidence.reference == "LoRA r=2"
     assert "Beside LoRA r=2" in evidence.summary()
-    none = replace(pinned, config=pinned.config.model_copy(update={"reference": "full"}))
-    with pytest.raises(UserError, match="no run of the reference 'full'"):
-        read_evidence(none)
+
+
+def test_a_reference_without_a_score_does_not_cost_the_report(moved, parse):
+    pinned, _ = moved
+    named = replace(pinned, config=pinned.config.model_copy(update={"reference": "lora-r2"}))
+    path = next((pinned.folder / "runs").glob("lora-r2-*-seed1")) / "manifest.json"
+    tree = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**tree, "diverged": True, "status": "failed"}), "utf-8")
+    evidence = read_evidence(named)
+    said = "Not every run of the reference that was named, lora-r2, has come to a score"
+    assert evidence.reference is None
+    assert said in evidence.summary()
+    assert "Beside head-only" in evidence.summary()
+    assert said in " ".join(parse(evidence.write()).text.split())
 
 
 def test_outcomes_are_read_from_the_folders(compared, moved):
@@ -159,5 +170,5 @@ def test_runs_from_other_weights_are_refused(moved):
 def test_a_search_of_another_size_is_told(compared):
     smaller = {"search_epochs": 0.5, "search_rows": 20}
     own = replace(compared.pinned, config=compared.pinned.config.model_copy(update=smaller))
-    text = searching(compared.searches, own).sentences[0]
+    text = searching(compared.searches, own, 0.01).sentences[0]
     assert "of the others under a schedule of its own length (1 epochs)" in text

@@ -154,6 +154,26 @@ def test_other_folders_are_left_alone(start, given, tmp_path):
         start({}, out="nothing")
 
 
+def test_rows_of_the_users_own_are_not_written_over(start, given, rows, tmp_path):
+    mine = tmp_path / "project" / "data" / "train.jsonl"
+    mine.parent.mkdir(parents=True)
+    text = "".join(
+        json.dumps({"sentence": line.split("\t")[0], "label": line.split("\t")[1], "id": i}) + "\n"
+        for i, line in enumerate((rows / "train.tsv").read_text("utf-8").splitlines()[1:])
+    )
+    mine.write_text(text, "utf-8")
+    with pytest.raises(UserError, match=r"train\.jsonl' is in the place of rows"):
+        start({**given(), "data": str(mine)}, out="project")
+    assert mine.read_text("utf-8") == text
+    assert [p.name for p in mine.parent.iterdir()] == ["train.jsonl"]
+
+
+def test_a_beginning_that_was_killed_is_begun_again(start):
+    pinned = start()
+    (pinned.folder / "compare.json").unlink()
+    assert start() == pinned
+
+
 def test_damage_is_told(start):
     pinned = start()
     path = pinned.folder / "compare.json"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from rankwise.errors import UserError
-from rankwise.lab.compare.running import run_compare
+from rankwise.lab.compare.folder import begin
+from rankwise.lab.compare.running import _jobs, _State, report_compare, run_compare
 from rankwise.train.reporter import Silent
 from rankwise.train.signals import Interrupted
 
@@ -68,6 +69,25 @@ def test_it_grows_by_what_is_new(compared, tmp_path, witness):
     assert len(after) == len(before) + 3
     assert len(grown.runs) == 9
     assert witness.notes[0].startswith("3 of 15 runs are left, searches included; 1 at a time")
+
+
+def test_a_report_may_have_another_reference_and_trains_nothing(compared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(compared.pinned.folder, folder, copy_function=shutil.copy2)
+    before = stamps(folder)
+    assert report_compare(folder, "lora-r1").reference == "LoRA r=1"
+    assert report_compare(folder).reference is None  # it was for that report alone
+    with pytest.raises(UserError, match="--reference full is none of what is compared"):
+        report_compare(folder, "full")
+    assert stamps(folder) == before
+
+
+def test_the_first_search_does_not_bound_the_jobs(given, tmp_path, witness):
+    compared = {"methods": "head,lora", "ranks": "1,2,4,8", "seeds": 1, "widen": 0, "rates": 3}
+    made = begin(tmp_path / "out", given(max_steps=1), compared, witness)
+    state = _State(made, witness)
+    assert len(state.left()) == 3  # the head's search alone
+    assert _jobs(8, 0, made, state.to_go, witness) == 8
 
 
 def test_a_clone_that_kept_the_records_alone_goes_on(compared, tmp_path):

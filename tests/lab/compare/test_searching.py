@@ -28,13 +28,13 @@ def made(record, lora):
     return make
 
 
-def told(searches, pinned, head_rate=None):
+def told(searches, pinned, head_rate=0.01):
     return "\n".join(searching(searches, pinned, head_rate).sentences)
 
 
 def test_a_search_that_ends_inside_is_told(made, compared):
     found = made("head", {"method": "head"}, {1e-3: 0.5, 3e-3: 0.7, 1e-2: 0.6}, Settled(3e-3))
-    section = searching([found], compared.pinned)
+    section = searching([found], compared.pinned, 0.01)
     assert "Every search ended with its best rate inside" in section.sentences[-1]
     assert not [s for s in section.sentences if "LoRA" in s]
     (figure,) = section.figures
@@ -71,7 +71,7 @@ def test_the_rate_of_the_heads_is_told(made, compared, lora):
     assert said in told([found], compared.pinned, 0.03)
     assert "Head-only training found no rate" in told([found], compared.pinned, None)
     off = compared.pinned.config.model_copy(update={"search_head": False})
-    assert "Head-only" not in told([found], replace(compared.pinned, config=off))
+    assert "Head-only" not in told([found], replace(compared.pinned, config=off), None)
 
 
 def test_the_rate_of_the_heads_is_that_of_the_runs(compared):
@@ -81,7 +81,7 @@ def test_the_rate_of_the_heads_is_that_of_the_runs(compared):
 
 
 def test_no_search_is_told(compared):
-    section = searching([], compared.pinned)
+    section = searching([], compared.pinned, None)
     assert "There was no search" in section.sentences[0]
     assert section.figures == ()
 
@@ -93,6 +93,6 @@ def test_many_searches_are_shown_in_parts(made, compared, lora):
     searches += [
         made(f"LoRA r={r} α=16", lora(r, alpha=16.0), rates, Settled(1e-3)) for r in (1, 2, 4)
     ]
-    figures = searching(searches, compared.pinned).figures
+    figures = searching(searches, compared.pinned, 0.01).figures
     assert [f.name for f in figures] == ["rates-methods", "rates-ranks-1", "rates-ranks-2"]
     assert [f.title.rpartition(", ")[2] for f in figures[1:]] == ["α = 2·r", "α = 16"]

@@ -112,6 +112,7 @@ def test_the_order_in_which_runs_end_does_not_matter(scores, data):
         ({1e-3: 0.5, 1e-2: 0.68, 3e-2: 0.70, 1e-1: 0.695}, "accuracy", 3e-2),
         ({1e-3: 0.9, 1e-2: 0.42, 3e-2: 0.40}, "loss", 1e-2),
         ({1e-3: 0.6, 1e-2: 0.6}, "accuracy", 1e-3),  # nothing gained anywhere
+        ({1e-4: 2.08, 1e-3: 1.9, 1e-2: 1.2, 1e-1: 60.0}, "loss", 1e-2),  # what explodes is above
         ({1e-3: 0.6, 1e-2: math.nan}, "accuracy", 1e-3),
         ({1e-3: math.nan}, "accuracy", None),
         ({}, "accuracy", None),

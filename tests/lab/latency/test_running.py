@@ -73,6 +73,14 @@ def test_a_folder_with_other_things_is_refused_before_anything_is_measured(
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_the_working_folder_is_refused_before_anything_is_measured(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the folder this process works in"):
+        run_latency(options(bert), Sizes((1,), (8,), 3), Path(), Stopping())
+
+
 def test_a_length_that_the_model_does_not_take_is_refused(bert: Path) -> None:
     with pytest.raises(UserError, match="takes 64 at most"):
         run_latency(options(bert), Sizes((1,), (8, 65), 3))

@@ -60,20 +60,24 @@ class Advise:
         return named.model_copy(update={"out": str(Path(named.out) / "probe")})
 
     def advised(self, ranks: Mapping[str, int]) -> FitConfig:
-        """The run to train: these ranks, s = α/r as the probe had it, everything else as given."""
+        """The run to train: these ranks, s as the probe had it, everything else as given.
+
+        s is α/r, or α/√r where rank_stabilized is asked for, so that α follows the rank.
+        """
         kept = {name: k for name, k in ranks.items() if k}
         r = max(set(kept.values()), key=lambda k: (list(kept.values()).count(k), k))
         probe = self.probe()
-        factor = (probe.alpha or 2.0 * probe.r) / probe.r
+        power = 0.5 if probe.rank_stabilized else 1.0
+        s = (probe.alpha or 2.0 * probe.r) / probe.r**power
         others = {name: k for name, k in kept.items() if k != r}
         drop = {"r", "alpha", "out", "exclude_modules"}
         values: dict[str, Any] = {k: v for k, v in self.given.items() if k not in drop}
         gone = [name for name, k in ranks.items() if not k]
         values |= {
             "r": r,
-            "alpha": factor * r,
+            "alpha": s * r**power,
             "rank_pattern": others,
-            "alpha_pattern": {name: factor * k for name, k in others.items()},
+            "alpha_pattern": {name: s * k**power for name, k in others.items()},
             "exclude_modules": [*probe.exclude_modules, *gone],
             "out": str(self.out / "advised"),
         }

@@ -138,6 +138,9 @@ def _probe(advice: Advice) -> Iterator[str]:
 
 
 def _advised(advice: Advice) -> Iterator[str]:
+    if not advice.gained:
+        yield f"No rank is advised; the configuration has the probe's own, r = {advice.probe_r}."
+        return
     chosen = advice.chosen
     if chosen is None:
         yield (

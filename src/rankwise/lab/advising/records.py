@@ -84,7 +84,12 @@ class Advice:
 
     @property
     def chosen(self) -> Trial | None:
-        """The smallest of all that are enough; one rank for all where the sizes are the same."""
+        """The smallest of all that are enough; one rank for all where the sizes are the same.
+
+        None where the updates gain nothing that could be told: every cut is as good then.
+        """
+        if not self.gained:
+            return None
         found = [t for t in (self.same_rank, self.by_layer) if t is not None]
         return min(found, key=lambda t: t.parameters, default=None)
 

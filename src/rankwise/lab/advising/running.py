@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,14 +52,13 @@ def advise(options: Advise, reporter: Reporter) -> Advice:
     """
     can_make_pages()
     config = options.probe()
-    _ensure(config, reporter)
+    trials_of_it = options.out / "trials"
+    _ensure(config, trials_of_it, reporter)
     restored = restore(config.out)
     whole = adapter_of(restored.base.model)
     bench = bench_of_tuning(restored, reporter)
     manifest = read_manifest(config.out)
-    trials = _Trials(
-        options.out / "trials", bench, manifest["data"]["eval"]["fingerprint"], reporter
-    )
+    trials = _Trials(trials_of_it, bench, manifest["data"]["eval"]["fingerprint"], reporter)
     probe, silent = trials.tried("probe", whole), trials.tried("silent", silenced(whole))
     judge = Judge(bench.metric, probe, silent)
     layers = layers_of(whole)
@@ -117,10 +117,11 @@ def _named(ranks: Mapping[str, int]) -> str:
     return f"cut-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _ensure(config: FitConfig, reporter: Reporter) -> None:
-    """Train the probe, go on with it, or find it done."""
+def _ensure(config: FitConfig, trials: Path, reporter: Reporter) -> None:
+    """Train the probe, go on with it, or find it done with its trials."""
     folder = Path(config.out)
     if not (folder / "manifest.json").exists():
+        shutil.rmtree(trials, ignore_errors=True)  # another probe's
         reporter.note(f"probe: r = {config.r}, α = {config.alpha:g}")
         fit(config, reporter=reporter)
         return

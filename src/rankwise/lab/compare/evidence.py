@@ -39,7 +39,8 @@ class Evidence:
         runs: every run that is compared, from the fewest trained parameters up.
         searches: every search for a learning rate, in the order of the methods.
         head_rate: learning rate of the output layer in all but head-only, where it has its own.
-        reference: the label of what the others are compared with; None for the usual one.
+        reference: the label of what the others are compared with; None for the usual one, also
+            where the one that was named has no usable runs.
         spectra: singular values of the update that LoRA learned at the largest rank.
         left: how many runs are still to be done, as far as that can be told now.
     """
@@ -60,6 +61,7 @@ class Evidence:
     def summary(self) -> str:
         """The table and what was found, as text for a terminal."""
         said = findings(self.runs, self.spectra, self.reference)
+        said = [*said, *self._unmet()]
         lines = [summary_table(self.runs), "", *(f"- {sentence}" for sentence in said)]
         if self.left:
             lines += ["", f"Not finished: {words.count(self.left, 'run')} to go."]
@@ -77,17 +79,27 @@ class Evidence:
             reference=self.reference,
             spectra=self.spectra,
             sections=[searching(self.searches, self.pinned, self.head_rate)],
-            notes=self.pinned.notes,
+            notes=[*self.pinned.notes, *self._unmet()],
             numbers=self.pinned.folder / NUMBERS,
         )
+
+    def _unmet(self) -> list[str]:
+        """What there is to say where the reference that was named cannot be used."""
+        named = self.pinned.config.reference
+        if named is None or self.reference is not None:
+            return []
+        said = (
+            f"Not every run of the reference that was named, {named}, has come to a score; the "
+            "usual reference stands in its place."
+        )
+        return [said]
 
 
 def read_evidence(pinned: Pinned) -> Evidence:
     """The evidence in a comparison's folder: that of the runs and searches that are over.
 
     Raises:
-        UserError: no run is over yet, or that of the reference is not, or they began from bases
-            of different weights.
+        UserError: no run is over yet, or they began from bases of different weights.
         ArtifactError: a record is damaged.
     """
     grid = pinned.grid
@@ -177,13 +189,14 @@ def _refuse_other(folder: Path, stored: Mapping[str, object], cell: Cell) -> Non
 
 
 def _reference(runs: list[RunRecord], key: str | None) -> str | None:
-    """The label of the setting whose runs lie in folders of this key."""
+    """The label of the setting whose runs lie in folders of this key, where all are usable."""
     if key is None:
         return None
     for setting in group_runs(runs):
-        if any(run.folder.name.startswith(f"{key}-lr") for run in setting.runs):
+        mine = any(run.folder.name.startswith(f"{key}-lr") for run in setting.runs)
+        if mine and setting.usable:
             return setting.label
-    raise UserError(f"There is no run of the reference '{key}' yet.")
+    return None
 
 
 def _spectra(runs: list[RunRecord]) -> Spectra:

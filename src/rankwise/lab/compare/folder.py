@@ -217,7 +217,7 @@ def _fresh(
     # fine-tuning trains in float32, whatever the others could do
     dtype = "float32" if options.dtype == "auto" else options.dtype
     metric = main_metric(data.train.task, options.metric)
-    parts = write_rows(folder, cut(data, config, options.seed))
+    parts = write_rows(folder, cut(data, config, options.seed), keep=True)
     held = options.eval or "held out of them"
     about = f"Training rows: {options.data}, {len(data.train):,}. Evaluation rows: {held}, "
     return Pinned(

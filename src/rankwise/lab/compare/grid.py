@@ -68,7 +68,8 @@ class Grid:
         """Whether the search of the head comes first and gives its rate to all others."""
         wanted = self.config.search_head and self.config.rates > 1
         given = self.shared.get("head_lr") is not None
-        return wanted and not given and self.shared["task"] != "causal-lm"
+        frozen = self.shared["task"] == "causal-lm" or self.shared.get("head") == "freeze"
+        return wanted and not given and not frozen and self.config.methods != [HEAD]
 
     def regimes(self) -> list[Regime]:
         """The settings in the order of the methods, each once: two rules for α meet in one."""

@@ -59,11 +59,25 @@ def _unseen(name: str, examples: Examples) -> list[str]:
     return [f"none of {rows} is of class '{n}'." for n in unseen[:6]]
 
 
-def write_rows(folder: Path, parts: Mapping[str, Examples]) -> dict[str, Part]:
-    """Write every part below the folder of a comparison."""
+def write_rows(
+    folder: Path, parts: Mapping[str, Examples], *, keep: bool = False
+) -> dict[str, Part]:
+    """Write every part below the folder of a comparison.
+
+    Raises:
+        UserError: with ``keep``, a file is in a part's place that holds something else.
+    """
+    texts = {name: json_lines(examples) for name, examples in parts.items()}
+    for name, text in texts.items() if keep else ():
+        file = rows_file(folder, name)
+        if file.exists() and not (file.is_file() and file.read_bytes() == text.encode("utf-8")):
+            raise UserError(
+                f"'{file}' is in the place of rows that the comparison would write. Name another "
+                "--out, or move it away."
+            )
     written: dict[str, Part] = {}
     for name, examples in parts.items():
-        file = files.write_text(rows_file(folder, name), json_lines(examples))
+        file = files.write_text(rows_file(folder, name), texts[name])
         written[name] = Part(len(examples), examples.fingerprint, files.sha256_file(file))
     return written
 

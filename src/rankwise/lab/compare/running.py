@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +77,27 @@ def run_compare(
         state = _State(pinned, watcher)
         if state.left():
             find_rows(pinned)
-            state.train(_jobs(jobs, size, pinned, len(state.left()), watcher))
+            state.train(_jobs(jobs, size, pinned, state.to_go, watcher))
     return report_compare(out)
 
 
-def report_compare(out: str | Path) -> Evidence:
+def report_compare(out: str | Path, reference: str | None = None) -> Evidence:
     """Write the report of what is finished in a comparison's folder, and train nothing.
 
+    Args:
+        out: folder of the comparison.
+        reference: what the others are compared with in this report, in place of its own.
+
     Raises:
-        UserError: there is no comparison, or nothing in it is finished.
+        UserError: there is no comparison, nothing in it is finished, or no such reference.
         ArtifactError: a file is damaged.
     """
-    evidence = read_evidence(read_pinned(Path(out)))
+    pinned = read_pinned(Path(out))
+    if reference is not None:
+        config = pinned.config.model_copy(update={"reference": reference})
+        pinned = replace(pinned, config=config)
+        _check_reference(pinned)
+    evidence = read_evidence(pinned)
     evidence.write()
     return evidence
 
@@ -160,6 +170,11 @@ class _State:
         self.shown = 0  # the total of the progress that is shown
         self.heard = False
 
+    @property
+    def to_go(self) -> int:
+        """How many runs are to come, those that wait for others among them."""
+        return self.work.count - len(self.outcomes)
+
     def left(self) -> list[Cell]:
         """The runs that can be begun or gone on with now."""
         return [c for c in self.work.left(self.outcomes) if c.name not in self.under_way]
@@ -171,7 +186,7 @@ class _State:
         work = self.work
         with StopRequest(self.watcher.note) as stop, Pool() as pool:
             self.watcher.note(
-                f"{work.count - len(self.outcomes)} of {words.count(work.count, 'run')} are left, "
+                f"{self.to_go} of {words.count(work.count, 'run')} are left, "
                 f"searches included; {jobs} at a time, {words.count(threads, 'thread')} each."
             )
             self._show(begin=True)
@@ -249,7 +264,7 @@ class _State:
 
     def _fail(self, task: Task, message: Ended) -> None:
         kinds = {2: UserError, 3: ArtifactError, 4: EnvironmentFault}
-        kind = kinds.get(message.exit_code, EnvironmentFault)
+        kind = kinds.get(message.exit_code, RankwiseError)
         raise kind(
             f"The run {task.name} failed: {message.message} Its log is '{task.log}'. What is "
             f"finished is kept; go on with: rankwise compare --out {self.grid.folder}"

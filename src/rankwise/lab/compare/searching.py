@@ -41,7 +41,7 @@ class Found:
         return self.tried[0][1].name
 
 
-def searching(searches: Sequence[Found], pinned: Pinned, head_rate: float | None = None) -> Section:
+def searching(searches: Sequence[Found], pinned: Pinned, head_rate: float | None) -> Section:
     """The part of a report about the learning rates, the output layer's own among them."""
     if not searches:
         none = (
@@ -100,8 +100,9 @@ def _of_the_head(rate: float | None) -> str:
         return "Head-only training found no rate, so every output layer learned at its method's."
     return (
         "Head-only training was searched first, and the output layer of every other method learned "
-        f"at {rate:g} (--head-lr), the lowest rate that kept {100 * KEPT:g} % of what that search "
-        "gained. The rates of the other methods are those of what they train beside it."
+        f"at {rate:g} (--head-lr), the lowest rate that kept {100 * KEPT:g} % of what the best one "
+        "of that search gained over the worst below it. The rates of the other methods are those "
+        "of what they train beside it."
     )
 
 

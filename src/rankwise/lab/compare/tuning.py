@@ -91,18 +91,20 @@ def search(
 
 
 def sparing_rate(tried: Mapping[float, Outcome], metric: str) -> float | None:
-    """The lowest rate that keeps 95 % of what the best one gained over the worst; None for none.
+    """The lowest rate that keeps 95 % of what the best gained over the worst below it, or None.
 
     For an output layer that learns beside something else. Alone, on features that stay, it often
     scores alike over a range of rates whose upper end is best by luck; on features that move, the
     lower end shakes them less.
     """
-    sign = 1.0 if better(metric, 1.0, 0.0) else -1.0
-    gains = {rate: sign * found.score for rate, found in tried.items() if not found.diverged}
-    if not gains:
+    best = best_rate(list(tried), tried, metric)
+    if best is None:
         return None
-    worst, best = min(gains.values()), max(gains.values())
-    return min(rate for rate, gain in gains.items() if gain >= worst + KEPT * (best - worst))
+    sign = 1.0 if better(metric, 1.0, 0.0) else -1.0
+    below = {rate: sign * tried[rate].score for rate in tried if rate <= best}
+    gains = {rate: gain for rate, gain in below.items() if not math.isnan(gain)}
+    enough = min(gains.values()) + KEPT * (gains[best] - min(gains.values()))
+    return min(rate for rate, gain in gains.items() if gain >= enough)
 
 
 def best_rate(rates: Sequence[float], tried: Mapping[float, Outcome], metric: str) -> float | None:

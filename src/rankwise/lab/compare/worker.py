@@ -114,6 +114,7 @@ def _fit(task: Task, pipe: Connection) -> None:
     if not begun:
         shutil.rmtree(folder, ignore_errors=True)
     result = fit(task.config, resume=begun, reporter=_Sender(pipe))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run counts as over; what is kept of it, too
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     thin_log(folder / EVENTS)
     if not task.keep:

@@ -104,6 +104,7 @@ def _usable(folder: Path) -> Path:
         raise UserError(f"--out {folder} is a file; name a folder.")
     if not folder.is_dir():
         return folder
+    files.refuse_working_folder(folder)
     kind, others = None, {entry.name for entry in folder.iterdir()} - {RECORDS, REPORT, NUMBERS}
     with contextlib.suppress(OSError, ValueError, AttributeError):
         kind = json.loads((folder / RECORDS).read_text(encoding="utf-8")).get("kind")
