@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import rankwise as rw
 from rankwise.errors import UserError
 from rankwise.io.portable import assemble
 from rankwise.lowrank import Factors
-from rankwise.methods.trimming import Prefix, cut_to, trim
+from rankwise.methods.trimming import Prefix, cut_to, first_ranks, trim
 from rankwise.spectrum import Budget, Energy, MaxError, Promise, Top
 
 
@@ -164,3 +166,17 @@ def test_a_prefix_is_the_first_ranks_as_they_are(start: bool) -> None:
     assert trim(adapter, Prefix(9)).parameters == sum(f.count() for f in adapter.factors.values())
     with pytest.raises(UserError, match="of 1 or more"):
         Prefix(0)
+
+
+def test_a_prefix_keeps_the_same_share_of_every_rank() -> None:
+    own = {n: Factors(torch.randn(r, 6), torch.randn(5, r), 1.0) for n, r in (("a", 8), ("b", 3))}
+    kept = {
+        k: {n: f.r for n, f in trim(assemble(own), Prefix(k)).adapter.factors.items()}
+        for k in range(1, 10)
+    }
+    assert kept[1] == {"a": 1, "b": 1}
+    assert kept[3] == {"a": 3, "b": 2}
+    assert kept[6] == {"a": 6, "b": 3}
+    assert kept[8] == kept[9] == {"a": 8, "b": 3}
+    wanted = [math.ceil(Fraction(k * r, most)) for most in (7, 32) for k in (1, 5) for r in (1, 5)]
+    assert wanted == [first_ranks(r, k, most) for most in (7, 32) for k in (1, 5) for r in (1, 5)]

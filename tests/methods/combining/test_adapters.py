@@ -15,7 +15,15 @@ from rankwise.errors import UserError
 from rankwise.inits import PiSSA
 from rankwise.lowrank import Factors
 from rankwise.methods.adapter import Adapter
-from rankwise.methods.combining import DARE, SVD, TIES, Concatenate, Magnitude, combine
+from rankwise.methods.combining import (
+    DARE,
+    SVD,
+    TIES,
+    Combination,
+    Concatenate,
+    Magnitude,
+    combine,
+)
 
 IDS = torch.tensor([[1, 2, 3, 8], [0, 1, 5, 5]])
 Make = Callable[..., Adapter]
@@ -86,6 +94,25 @@ def test_a_combination_of_every_kind_of_weight_is_the_base_plus_the_weighted_sum
         "inner.body": 3,
         "fused.right": 3,
     }
+
+
+@pytest.mark.parametrize(
+    "how", [Concatenate(), SVD(2), TIES(0.5), DARE(0.5, seed=1), Magnitude(0.5)], ids=type
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_combination_passes_the_merge_certificate(
+    model, make: Make, how: Combination, dtype: torch.dtype
+):
+    adapters = [make("tokens", "^body$", "fused.left"), make("^body$", "inner.body", r=3)]
+    tuned = with_adapter(
+        copy.deepcopy(model).to(dtype), combine(adapters, (0.7, -1.3), how).adapter
+    )
+    before = tuned(IDS)
+    certificate = rw.merge(tuned)
+    assert certificate.passed, str(certificate)
+    assert len(certificate.layers) == 4
+    coarse = dtype == torch.bfloat16
+    torch.testing.assert_close(tuned(IDS), before, atol=0.3 if coarse else 1e-4, rtol=0.05)
 
 
 def test_weights_are_one_when_not_given_as_when_both_adapters_act(model, make: Make):
