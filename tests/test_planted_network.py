@@ -1,4 +1,4 @@
-"""A frozen network and a target that differs from it by known ranks: what is trained shows them."""
+"""A frozen network whose target differs from it by known ranks: inspect and advise find them."""
 
 from __future__ import annotations
 
