@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from experiments.ranks.__main__ import TABLE, main, run
+from experiments.ranks.study import read_study
 
 from rankwise.lab.compare.folder import begin, pin
 from rankwise.lab.compare.work import work_of
@@ -36,7 +37,11 @@ def made(bert: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     for cell in work_of(pinned.grid, {}, pinned.metric).cells:
         if cell.config.seed < 2:
             fit(cell.config)
-    return folder, run(folder, {}, Silent())
+    return folder, tables_of(folder)
+
+
+def tables_of(folder: Path, rows: dict[str, str] | None = None, results: str = "results") -> str:
+    return run(read_study(folder, rows or {}, Silent(), results), Silent())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -130,11 +135,21 @@ def test_the_evaluation_rows_advise_nothing(made):
 def test_nothing_is_done_twice_and_a_clone_needs_no_weights(made, tmp_path):
     folder, text = made
     before = stamps(folder)
-    assert run(folder, {}, Silent()) == text
+    assert tables_of(folder) == text
     assert stamps(folder) == before
     left_out = shutil.ignore_patterns("adapter", "data", "trials", "*.lock")
     clone = shutil.copytree(folder, tmp_path / "clone", ignore=left_out)
-    assert run(clone, {}, Silent()) == text
+    assert tables_of(clone) == text
+
+
+def test_another_comparison_of_the_experiment_has_ranks_of_its_own(made, tmp_path, capsys):
+    folder, text = made
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "results").rename(other / "results-again")
+    (other / "ranks").rename(other / "ranks-again")
+    assert tables_of(other, results="results-again") == text
+    assert not (other / "ranks").exists()
+    refused(capsys, "must begin with 'results', got 'runs'", str(folder), "--results", "runs")
 
 
 def test_what_was_stopped_goes_on_with_rows_that_have_moved(made, rows, tmp_path):
@@ -149,7 +164,7 @@ def test_what_was_stopped_goes_on_with_rows_that_have_moved(made, rows, tmp_path
     for cut in (folder / "ranks" / "cuts").glob("nested-r4-seed0*"):
         cut.unlink()
     before = stamps(folder)
-    again = run(folder, {name: str(path) for name, path in moved.items()}, Silent())
+    again = tables_of(folder, {name: str(path) for name, path in moved.items()})
     assert again.splitlines()[1:] == text.splitlines()[1:]  # the first names the file
     after = stamps(folder)
     assert gone.exists()

@@ -3,20 +3,20 @@
     python -m experiments.ranks experiments/pydocs-minilm
 
 Takes the LoRA runs of a comparison, those with α in proportion to r, from the experiment's folder
-`results/`. Beside them, below `ranks/`, it trains for each seed one nested run of the largest rank,
-the probe of `rankwise advise`, and the run that it advises; what is cut from the first two answers
-the evaluation rows. What is there is not done again, and what was stopped goes on. The tables are
-printed, and written to `ranks/table.md`.
+`results/`. Beside them, below `ranks/` (`ranks-WHAT/` for `--results results-WHAT`), it trains for
+each seed one nested run of the largest rank, the probe of `rankwise advise`, and the run that it
+advises; what is cut from the first two answers the evaluation rows. What is there is not done
+again, and what was stopped goes on. The tables are printed, and written to `table.md` there.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.ranks.study import advised, nested, read_study
+from experiments.ranks.study import RESULTS, Study, advised, nested, read_study
 from experiments.ranks.tables import tables
 
 from rankwise.cli.console import fail, make_reporter
@@ -33,7 +33,8 @@ TABLE = "table.md"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("experiment", type=Path, help="folder that has the comparison in results/")
+    parser.add_argument("experiment", type=Path, help="folder that has the comparison")
+    parser.add_argument("--results", default=RESULTS, help="the comparison's folder in it")
     parser.add_argument("--data", help="training rows, where the comparison cannot find its own")
     parser.add_argument("--eval", help="evaluation rows, likewise")
     parser.add_argument(
@@ -41,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     rows = {k: v for k in ("data", "eval") if (v := getattr(given, k)) is not None}
+    watcher = make_reporter()
     try:
-        sys.stdout.write(run(given.experiment, rows, make_reporter(), given.beside))
+        study = read_study(given.experiment, rows, watcher, given.results)
+        sys.stdout.write(run(study, watcher, given.beside))
     except RankwiseError as error:
         fail(str(error))
         sys.exit(error.exit_code)
@@ -51,17 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + stopped.number)
 
 
-def run(
-    experiment: Path, rows: Mapping[str, str], reporter: Reporter, beside: int | None = None
-) -> str:
+def run(study: Study, reporter: Reporter, beside: int | None = None) -> str:
     """Train and measure what is missing; returns the tables, written where beside the best rank.
 
     Raises:
-        UserError: the comparison has no seed under which every rank is finished, or its rows are
-            needed and not there, or nothing was trained at the rank ``beside``.
+        UserError: the rows are needed and not there, or nothing was trained at the rank
+            ``beside``.
         Interrupted: a signal asked to stop; the same call goes on.
     """
-    study = read_study(experiment, rows, reporter)
     if beside is not None and beside not in study.apart:
         raise UserError(f"--beside must be one of {[*study.apart]}, got {beside}.")
     with claim(study.out):

@@ -49,15 +49,24 @@ class Study:
     largest: Mapping[int, FitConfig]
 
 
-def read_study(experiment: Path, rows: Mapping[str, str], reporter: Reporter) -> Study:
+RESULTS, RANKS = "results", "ranks"
+
+
+def read_study(
+    experiment: Path, rows: Mapping[str, str], reporter: Reporter, results: str = RESULTS
+) -> Study:
     """The comparison in an experiment's folder, as far as it is finished.
 
     Args:
         experiment: the folder.
         rows: the files of the rows ("data", "eval") where they have moved.
         reporter: told what reading the rows has to say.
+        results: the comparison's folder in it, results or results-WHAT; the rest goes to ranks or
+            ranks-WHAT.
     """
-    pinned = read_pinned(experiment / "results")
+    if not results.startswith(RESULTS):
+        raise UserError(f"--results must begin with '{RESULTS}', got '{results}'.")
+    pinned = read_pinned(experiment / results)
     if rows:
         pinned = begin(pinned.folder, rows, {}, reporter)
     grid, ratio = pinned.grid, pinned.config.alpha_ratio
@@ -82,7 +91,7 @@ def read_study(experiment: Path, rows: Mapping[str, str], reporter: Reporter) ->
     apart = {r: Setting(f"r = {r}", tuple(done[r, seed] for seed in whole)) for r in ranks}
     return Study(
         pinned,
-        experiment / "ranks",
+        experiment / f"{RANKS}{results.removeprefix(RESULTS)}",
         apart,
         {seed: cells[max(ranks), seed].config for seed in whole},
     )
