@@ -46,6 +46,7 @@ study: $(VENV)/.ready-demo ## run or go on with both experiments; SST2=FOLDER ha
 	$(BIN)/rankwise compare --config experiments/pydocs-minilm/compare.yaml
 	$(BIN)/rankwise compare --config experiments/pydocs-minilm/head-lr.yaml
 	$(BIN)/python -m experiments.ranks experiments/pydocs-minilm
+	$(BIN)/python -m experiments.ranks experiments/pydocs-minilm --results results-head-lr
 	$(BIN)/rankwise compare --config experiments/sst2-minilm/compare.yaml \
 	    --data $(SST2)/train.tsv --eval $(SST2)/dev.tsv
 	$(BIN)/python -m experiments.ranks experiments/sst2-minilm \

@@ -3,7 +3,8 @@
 `python benchmarks/extract.py` writes two checkpoints of Llama-2-7B's layers in bfloat16 into a
 temporary folder and extracts one from the other in a process of its own. `--layers 32` is the whole
 model, 27 GB on the disk; the largest weights, which decide the memory, are the same with fewer.
-The weights are random, and each differs by a change of rank 8.
+The weights are random, and each matrix differs by a change of rank 8, the embedding (which is saved
+whole) and the output layer as well.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 PROGRAM = """
-import resource, sys, time
+import sys, time
+import torch
 from rankwise.train.extracting import extract
+from rankwise.train.memory import PeakMemory
+watch = PeakMemory(torch.device("cpu"))
 began = time.perf_counter()
 found = extract(sys.argv[1], sys.argv[2], sys.argv[3], r=16)
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(len(found.layers), found.parameters, found.held, seconds, peak)
+peak = watch.record()["peak"]
+saved = sum(count for _, count in found.whole.values())
+print(len(found.layers), found.parameters, saved, found.held, seconds, peak)
 """
 
 
@@ -65,17 +70,22 @@ def tensors(block: int, draw: torch.Generator, tuned: bool):
     """The tensors of a block; block −1 has the embedding, the last norm and the output layer."""
     if block < 0:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            yield name, torch.randn(VOCABULARY, HIDDEN, generator=draw).mul_(0.02).bfloat16()
+            yield name, matrix((VOCABULARY, HIDDEN), draw, tuned)
         yield "model.norm.weight", torch.ones(HIDDEN).bfloat16()
         return
     for name, shape in SHAPES.items():
-        weight = torch.randn(shape, generator=draw).mul_(0.02)
-        down, up = (torch.randn(size, 8, generator=draw) for size in shape)
-        if tuned:
-            weight.addmm_(down, up.T, alpha=2e-3)
-        yield f"model.layers.{block}.{name}.weight", weight.bfloat16()
+        yield f"model.layers.{block}.{name}.weight", matrix(shape, draw, tuned)
     for name in ("input_layernorm", "post_attention_layernorm"):
         yield f"model.layers.{block}.{name}.weight", torch.ones(HIDDEN).bfloat16()
+
+
+def matrix(shape: tuple[int, int], draw: torch.Generator, tuned: bool) -> torch.Tensor:
+    """A random weight, the tuned one with a change of rank 8."""
+    weight = torch.randn(shape, generator=draw).mul_(0.02)
+    down, up = (torch.randn(size, 8, generator=draw) for size in shape)
+    if tuned:
+        weight.addmm_(down, up.T, alpha=2e-3)
+    return weight.bfloat16()
 
 
 def main() -> None:
@@ -89,11 +99,14 @@ def main() -> None:
         write(tuned, layers, tuned=True)
         words = [sys.executable, "-c", PROGRAM, str(base), str(tuned), str(out)]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
-    count, parameters, held, seconds, peak = done.stdout.split()
+    count, parameters, saved, held, seconds, peak = done.stdout.split()
     print(
         f"{layers} blocks, {size / 1e9:.1f} GB each checkpoint, {count} layers extracted at r = 16"
     )
-    print(f"adapter: {int(parameters):,} parameters, {100 * float(held):.1f} % of the change held")
+    print(
+        f"adapter: {int(parameters):,} parameters, {100 * float(held):.1f} % of the change held, "
+        f"and {int(saved):,} parameters saved whole"
+    )
     print(f"time: {float(seconds):.0f} s; most memory: {int(peak) / 2**30:.2f} GiB")
     print(
         f"torch {version('torch')}, {torch.get_num_threads()} threads, {platform.machine()}, "

@@ -34,6 +34,25 @@ def test_the_table_says_how_much_of_the_change_is_held(
     assert lines[-1] == f"adapter: {tmp_path / 'out'}"
 
 
+def test_where_only_biases_differ_nothing_is_said_of_updates(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import BertModel
+
+    model = BertModel.from_pretrained(bert)
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.1 if name.endswith("query.bias") else 0
+    model.save_pretrained(tmp_path / "bitfit")
+    capsys.readouterr()
+    assert left(bert, tmp_path / "bitfit", "--r", "2", "--out", tmp_path / "out") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("0 linear layers differ; ")
+    assert told[1:] == [
+        "2 biases differ; each is held exactly beside its update.",
+        f"adapter: {tmp_path / 'out'}",
+    ]
+
+
 def test_neither_rank_nor_energy_is_a_mistake(
     bert: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

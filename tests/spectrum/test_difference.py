@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from rankwise.errors import UserError
 from rankwise.spectrum import difference
-from rankwise.spectrum.difference import chance_held, nearest, rounding_norm
+from rankwise.spectrum.difference import (
+    chance_held,
+    frobenius,
+    nearest,
+    rounding_norm,
+    subtract,
+)
 
 
 def low(out: int, inside: int, k: int, noise: float = 0.0) -> torch.Tensor:
@@ -40,6 +46,36 @@ def test_energy_takes_the_fewest_ranks(energy: float, seed: int) -> None:
     wanted = int((held < energy * held[-1] * (1 - 1e-9)).sum()) + 1
     assert nearest(delta, energy=energy).factors.r == min(wanted, 9)
     assert nearest(delta, energy=energy, r=2).factors.r == min(wanted, 2)
+
+
+@pytest.mark.parametrize("shape", [(50, 7), (7, 50), (12, 12)])
+@pytest.mark.parametrize("rank", [3, 12])
+def test_a_few_rows_at_a_time_give_the_same(
+    shape: tuple[int, int], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = low(*shape, rank)
+    whole, norm, rounding = nearest(delta, r=5), frobenius(delta), rounding_norm(delta.half())
+    monkeypatch.setattr(difference, "_SLAB", 20)
+    parts = nearest(delta, r=5)
+    torch.testing.assert_close(parts.factors.delta(), whole.factors.delta())
+    assert parts.norm == pytest.approx(whole.norm)
+    assert parts.lost == pytest.approx(whole.lost, abs=1e-6 * whole.norm)
+    assert parts.exact
+    assert frobenius(delta) == pytest.approx(norm)
+    assert norm == pytest.approx(np.linalg.norm(delta.numpy()))
+    assert rounding_norm(delta.half()) == pytest.approx(rounding)
+    assert torch.equal(subtract(delta.bfloat16(), delta), delta.bfloat16().float() - delta)
+
+
+def test_so_much_of_a_large_change_that_half_its_ranks_are_needed_is_found_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    delta = torch.randn(90, 120)
+    monkeypatch.setattr(difference, "EXACT", 10)
+    found = nearest(delta, energy=0.9)
+    held = np.cumsum(np.linalg.svd(delta.double().numpy(), compute_uv=False) ** 2)
+    assert found.exact
+    assert found.factors.r == int((held < 0.9 * held[-1]).sum()) + 1 > 45
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3])

@@ -16,6 +16,7 @@ import torch
 import rankwise as rw
 from rankwise.errors import ArtifactError, UserError
 from rankwise.io.peft_alone import read_peft_alone
+from rankwise.spectrum import difference
 from rankwise.train.extracting import extract
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -169,6 +170,99 @@ def test_what_cannot_be_extracted_is_refused(
     with pytest.raises(ArtifactError, match="not finite"):
         extract(str(bert), str(tmp_path / "nan"), tmp_path / "out", r=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["classifier", "bert.embeddings.LayerNorm", "bert.embeddings.position_embeddings"]
+)
+def test_what_is_saved_whole_must_be_finite(bert: Path, tmp_path: Path, name: str) -> None:
+    model = classifier(bert)
+    planted(model, QUERY, 1)
+    model.get_submodule(name).weight.data.view(-1)[0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ArtifactError, match=rf"not finite:.*'{name}.weight'"):
+        extract(str(bert), str(tmp_path / "nan"), tmp_path / "out", r=1)
+    assert not (tmp_path / "out").exists()
+    assert extract(str(bert), str(tmp_path / "nan"), tmp_path / "out", r=1, only_lora=True).layers
+
+
+def test_where_no_weight_of_a_linear_layer_differs_what_does_is_said(
+    bert: Path, tmp_path: Path
+) -> None:
+    model = classifier(bert)
+    model.get_submodule(QUERY).bias.data += 1
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(UserError, match=rf"What differs: classifier, {QUERY}.bias\."):
+        extract(str(bert), str(tmp_path / "tuned"), tmp_path / "out", r=1, only_lora=True)
+
+
+def test_experts_that_the_files_name_otherwise_are_left_alone_or_refused(tmp_path: Path) -> None:
+    """transformers joins the experts of a block into one tensor, and saves them one by one."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    places = [str(tmp_path / name) for name in ("base", "attention", "experts")]
+    model = MixtralForCausalLM(config).eval()
+    model.save_pretrained(places[0])
+    planted(model, "model.layers.1.self_attn.k_proj", 2)
+    wanted = answers(model)
+    model.save_pretrained(places[1])
+    model.model.layers[0].mlp.experts.down_proj.data[2] += 1
+    model.save_pretrained(places[2])
+
+    found = extract(places[0], places[1], tmp_path / "out", r=2)
+    assert (set(found.layers), found.left_out) == ({"model.layers.1.self_attn.k_proj"}, ())
+    base = MixtralForCausalLM.from_pretrained(places[0]).eval()
+    rw.load_adapter(base, tmp_path / "out")
+    torch.testing.assert_close(answers(base), wanted, atol=1e-5, rtol=1e-4)
+
+    name = r"model.layers.0.block_sparse_moe.experts.2.w2.weight"
+    with pytest.raises(UserError, match=rf"^Tensors that differ \(1\).*'{name}'.*--only-lora"):
+        extract(places[0], places[2], tmp_path / "refused", r=2)
+    assert not (tmp_path / "refused").exists()
+    found = extract(places[0], places[2], tmp_path / "rest", r=2, only_lora=True)
+    assert set(found.layers) == {"model.layers.1.self_attn.k_proj"}
+    assert any(name in text for text in found.left_out)
+
+
+def most_bytes(call: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once: those inside of kernels too, and files as a whole
+    of which a tensor is read.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
+        call()
+    kineto: Any = seen.profiler.kineto_results  # type: ignore[union-attr]
+    events = [e for e in kineto.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return int(np.cumsum([e.nbytes() for e in events]).max())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_weight_costs_both_its_copies_and_its_change(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(llama, vocab_size=12_000, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path / "base", max_shard_size="1KB")
+    for name in ("lm_head", "model.embed_tokens"):
+        planted(model, name, 2)
+    model.save_pretrained(tmp_path / "tuned", max_shard_size="1KB")
+    monkeypatch.setattr(difference, "EXACT", 1024 if exact else 10)
+    monkeypatch.setattr(difference, "_SLAB", 1 << 13)
+    places = [str(tmp_path / name) for name in ("base", "tuned", "out")]
+    most = most_bytes(lambda: extract(*places, r=2))
+    assert 2 + 2 + 4 <= most / model.lm_head.weight.numel() < 9
 
 
 PEAK = """

@@ -78,23 +78,12 @@ def _text(found: Extraction) -> str:
         for name, layer in ordered
     ]
     head = ["layer", "size", "‖Δ‖/‖W0‖", "r", "held", "by chance", "by"]
-    return "\n".join([table(head, rows), "", *_sentences(found)])
+    return "\n".join([*([table(head, rows), ""] if rows else []), *_sentences(found)])
 
 
 def _sentences(found: Extraction) -> list[str]:
-    layers = list(found.layers.values())
-    norm = math.hypot(*(layer.norm for layer in layers))
-    chance = math.fsum(layer.chance * layer.norm**2 for layer in layers) / norm**2
     same = f"{found.untouched} tensors are the same to the last bit and get nothing."
-    held = f"The updates hold {100 * found.held:.1f} % of the change Σ ‖Δ‖², in "
-    held += f"{found.parameters:,} parameters; of a change without structure they would hold at "
-    told = [f"{len(layers)} linear layers differ; {same}", f"{held}most {100 * chance:.1f} %."]
-    rounding = math.hypot(*(layer.rounding for layer in layers))
-    if rounding > 0.1 * norm:
-        told.append(
-            f"Up to {100 * min(1.0, rounding / norm) ** 2:.0f} % of the change may be no more than "
-            "the rounding of the 16-bit weights, which has no low rank."
-        )
+    told = [f"{len(found.layers)} linear layers differ; {same}", *_held(found)]
     if found.biases:
         told.append(f"{found.biases} biases differ; each is held exactly beside its update.")
     for why in dict.fromkeys(why for why, _ in found.whole.values()):
@@ -104,4 +93,23 @@ def _sentences(found: Extraction) -> list[str]:
             f"saved whole, {sum(own.values()):,} parameters: {next(iter(own))}{more} ({why})."
         )
     told.extend(f"not in the adapter: {text}" for text in found.left_out)
+    return told
+
+
+def _held(found: Extraction) -> list[str]:
+    """How much of the change the updates hold, where there are any."""
+    layers = list(found.layers.values())
+    if not layers:
+        return []
+    norm = math.hypot(*(layer.norm for layer in layers))
+    chance = math.fsum(layer.chance * layer.norm**2 for layer in layers) / norm**2
+    held = f"The updates hold {100 * found.held:.1f} % of the change Σ ‖Δ‖², in "
+    held += f"{found.parameters:,} parameters; of a change without structure they would hold at "
+    told = [f"{held}most {100 * chance:.1f} %."]
+    rounding = math.hypot(*(layer.rounding for layer in layers))
+    if rounding > 0.1 * norm:
+        told.append(
+            f"Up to {100 * min(1.0, rounding / norm) ** 2:.0f} % of the change may be no more than "
+            "the rounding of the 16-bit weights, which has no low rank."
+        )
     return told

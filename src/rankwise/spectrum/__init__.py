@@ -1,7 +1,14 @@
 """What the singular values of an update say of its rank, and which ranks are worth keeping."""
 
 from rankwise.spectrum.allocation import Allocation, Budget, Energy, Layer, MaxError, Promise, Top
-from rankwise.spectrum.difference import Nearest, chance_held, nearest, rounding_norm
+from rankwise.spectrum.difference import (
+    Nearest,
+    chance_held,
+    frobenius,
+    nearest,
+    rounding_norm,
+    subtract,
+)
 from rankwise.spectrum.subspaces import Directions, amplification, chance, directions, similarity
 from rankwise.spectrum.values import Gap, Spectrum, spectrum
 
@@ -21,8 +28,10 @@ __all__ = [
     "chance",
     "chance_held",
     "directions",
+    "frobenius",
     "nearest",
     "rounding_norm",
     "similarity",
     "spectrum",
+    "subtract",
 ]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import UserError
-from rankwise.inits.spectral import leading
+from rankwise.inits.spectral import leading, live
 from rankwise.lowrank import Factors
 
-__all__ = ["Nearest", "chance_held", "nearest", "rounding_norm"]
+__all__ = ["Nearest", "chance_held", "frobenius", "nearest", "rounding_norm", "subtract"]
 
 EXACT = 1024
 """The smaller side up to which a change is decomposed exactly."""
-_SLAB = 1 << 22  # numbers of a dense matrix in float64 at a time
+_SLAB = 1 << 22  # numbers of a dense matrix that are widened at a time
 _ITERATIONS = 2
 
 
@@ -52,9 +52,10 @@ def nearest(
 ) -> Nearest:
     """The update of rank ``r``, or of the smallest rank that holds ``energy`` of ‖Δ‖², at most r.
 
-    Up to a smaller side of 1024 by the singular value decomposition, else by random projection with
-    two power iterations (docs/math.md (11)), of twice as many directions until they hold enough.
-    ‖Δ − δ‖ is measured either way, a few rows at a time, in float64. docs/math.md (26).
+    Up to a smaller side of 1024, or for half of all ranks, by the singular value decomposition,
+    else by random projection with two power iterations (docs/math.md (11)), of twice as many
+    directions until they hold enough. ‖Δ − δ‖ is measured either way. No second copy of a large Δ
+    is made: what is computed in float64 takes a few rows at a time. docs/math.md (26).
 
     Args:
         delta: Δ (out, in), finite.
@@ -66,23 +67,39 @@ def nearest(
         UserError: neither is given, a value makes no sense, or Δ is not finite.
     """
     _check(r, energy)
-    if not bool(torch.isfinite(delta).all()):
+    norm = frobenius(delta)
+    if not math.isfinite(norm):
         raise UserError("The change of a weight holds numbers that are not finite.")
-    most = min(*delta.shape, r or max(delta.shape))
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    exact = min(delta.shape) <= EXACT
-    wide = delta.double() if exact else delta.float()
-    width = most if exact or energy is None else min(most, 32)
-    while True:
-        u, sigma, vh = leading(wide, width, None if exact else _ITERATIONS, generator)
-        k = width if energy is None else _enough(sigma, energy * norm**2)
+    least = min(delta.shape)
+    most = min(least, r or least)
+    wanted = None if energy is None else energy * norm**2
+    width = most if wanted is None else min(most, 32)
+    while least > EXACT and 2 * width < least:
+        u, sigma, vh = leading(delta.float(), width, _ITERATIONS, generator)
+        k = width if wanted is None else _enough(sigma, wanted)
         if k < width or width == most:
-            break
+            root = sigma[:k].sqrt()
+            factors = _balanced(root[:, None] * vh[:k], u[:, :k] * root)
+            return Nearest(factors, norm, _distance(delta, factors), exact=False)
         width = min(most, 2 * width)
-    root = sigma[:k].sqrt()
-    A, B = (root[:, None] * vh[:k]).float(), (u[:, :k] * root).float()
-    factors = Factors(A.contiguous(), B.contiguous(), 1.0)
-    return Nearest(factors, norm, _distance(delta, factors), exact)
+    factors = _balanced(*_exactly(delta, most, wanted))
+    return Nearest(factors, norm, _distance(delta, factors), exact=True)
+
+
+def subtract(tuned: Tensor, base: Tensor) -> Tensor:
+    """Δ = W − W0 in float32 at least, with no copy of W0 beside it."""
+    wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
+    delta = tuned.to(wide, copy=True)
+    for part, other in zip(_slabs(delta), _slabs(base), strict=True):
+        part.sub_(other)
+    return delta
+
+
+def frobenius(tensor: Tensor) -> float:
+    """‖·‖_F in float64, a few rows at a time; not finite where a number is not."""
+    return math.hypot(
+        *(float(torch.linalg.vector_norm(s, dtype=torch.float64)) for s in _slabs(tensor))
+    )
 
 
 def chance_held(out_features: int, in_features: int, k: int) -> float:
@@ -103,11 +120,43 @@ def rounding_norm(weight: Tensor) -> float:
     """
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return 0.0
-    eps = torch.finfo(weight.dtype).eps
+    return math.hypot(*(float(_last_digits(s).norm()) for s in _slabs(weight))) / math.sqrt(12)
+
+
+def _last_digits(weight: Tensor) -> Tensor:
+    """u of each entry, in float64: what its last binary digit is worth; 0 of a zero."""
     _, exponent = torch.frexp(weight.float())
-    units = torch.ldexp(torch.full_like(exponent, eps, dtype=torch.float32), exponent - 1)
-    units[weight == 0] = 0
-    return float(torch.linalg.vector_norm(units, dtype=torch.float64)) / math.sqrt(12)
+    eps = torch.full_like(exponent, torch.finfo(weight.dtype).eps, dtype=torch.float64)
+    return torch.ldexp(eps, exponent - 1).masked_fill_(weight == 0, 0)
+
+
+def _slabs(tensor: Tensor, least: int = 1) -> tuple[Tensor, ...]:
+    """A few rows at a time, ``least`` at least."""
+    return tensor.split(max(least, _SLAB // max(1, tensor.shape[1:].numel())))
+
+
+def _exactly(delta: Tensor, most: int, wanted: float | None) -> tuple[Tensor, Tensor]:
+    """√Σ Vᵀ and U √Σ = Δ V / √Σ of the leading triples, in float64.
+
+    Δ has the σ and V of the small triangle R of Δ = Q R, found by stacking a few rows of Δ under
+    the triangle of those before; Q is not needed. docs/math.md (26).
+    """
+    if delta.shape[0] < delta.shape[1]:
+        B, A = _exactly(delta.mT, most, wanted)
+        return A.mT, B.mT
+    triangle = torch.zeros(0, delta.shape[1], dtype=torch.float64, device=delta.device)
+    for slab in _slabs(delta, delta.shape[1]):
+        triangle = torch.linalg.qr(torch.cat([triangle, slab.double()]), mode="r").R
+    _, sigma, vh = leading(triangle, most, None)
+    k = most if wanted is None else _enough(sigma, wanted)
+    root = torch.where(live(sigma, max(delta.shape)), sigma, 0).sqrt()[:k]
+    right = torch.where(root > 0, vh[:k].mT / root, 0)
+    B = torch.cat([(slab.double() @ right).float() for slab in _slabs(delta)])
+    return root[:, None] * vh[:k], B
+
+
+def _balanced(A: Tensor, B: Tensor) -> Factors:
+    return Factors(A.float().contiguous(), B.float().contiguous(), 1.0)
 
 
 def _enough(sigma: Tensor, wanted: float) -> int:
@@ -119,8 +168,8 @@ def _enough(sigma: Tensor, wanted: float) -> int:
 def _distance(delta: Tensor, factors: Factors) -> float:
     """‖Δ − B A‖_F, a slab of rows at a time, in float64."""
     A = factors.A.double()
-    rows = max(1, _SLAB // delta.shape[1])
-    parts = zip(delta.split(rows), factors.B.split(rows), strict=True)
+    deltas = _slabs(delta)
+    parts = zip(deltas, factors.B.split(len(deltas[0])), strict=True)
     return math.hypot(*(float((d.double() - b.double() @ A).norm()) for d, b in parts))
 
 

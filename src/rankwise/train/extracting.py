@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.errors import UserError
+from rankwise.errors import ArtifactError, UserError, gather
 from rankwise.io.blueprint import Blueprint, blueprint
 from rankwise.io.convert import refuse_place
 from rankwise.io.peft_alone import write_peft_alone
 from rankwise.io.portable import Portable, assemble
+from rankwise.io.tensors import all_finite
 from rankwise.lowrank import Factors
-from rankwise.spectrum import chance_held, nearest, rounding_norm
+from rankwise.spectrum import chance_held, frobenius, nearest, rounding_norm
 from rankwise.train.blank import blank_model
 from rankwise.train.reporter import Reporter, Silent
 from rankwise.train.snapshot import local_folder
@@ -103,8 +104,8 @@ def extract(
     bit of the shorter of the two formats gets none. Changed
     biases of linear layers go beside their updates; what no update can hold, such as a changed
     normalisation, an embedding or a head that the base does not have, is saved whole. The files
-    are read one tensor at a time, so that no more than a few copies of the largest weight are held
-    beside the adapter itself.
+    are read one tensor at a time, so that no more than both copies of the largest weight and its
+    change in float32 are held beside the adapter itself.
 
     Args:
         base, tuned: folders of transformers models with safetensors, or names on a hub.
@@ -116,7 +117,8 @@ def extract(
         reporter: told what happens.
 
     Raises:
-        UserError: the two are not of one architecture, or nothing differs.
+        UserError: the two are not of one architecture, no linear layer differs, or something
+            differs that an adapter cannot name, such as experts, and ``only_lora`` is not set.
         ArtifactError: a file is damaged or not finite.
         EnvironmentFault: a model cannot be had, or the disk refuses.
     """
@@ -125,6 +127,9 @@ def extract(
     refuse_place(Path(out), *folders)
     before, after = map(blueprint, folders)
     found = sort_tensors(blank_model(tuned), before, after)
+    modules = {} if only_lora else found.kept
+    _refuse(found, base, tuned, only_lora)
+    _refuse_nonfinite(modules, after)
     generator = torch.Generator().manual_seed(seed)
     factors: dict[str, Factors] = {}
     layers: dict[str, LayerChange] = {}
@@ -135,15 +140,7 @@ def extract(
         watcher.advance(done, {"held": layers[name].held})
     watcher.finish()
     biases = {} if only_lora else _biases(found, factors, before, after)
-    modules = {} if only_lora else found.kept
     trained = {n: after.fetch(key) for own in modules.values() for n, key in own.items()}
-    if not factors and not trained:
-        raise UserError(f"'{base}' and '{tuned}' are the same, so there is nothing to extract.")
-    if not factors:
-        raise UserError(
-            f"No linear layer differs between '{base}' and '{tuned}', so there is no low-rank "
-            f"update to extract. What differs: {', '.join(found.whole)}."
-        )
     adapter = assemble(factors, trained=trained, modules=list(modules), biases=biases)
     portable = Portable(adapter, transposed=found.transposed, base=base)
     write_peft_alone(portable, out)
@@ -157,6 +154,33 @@ def extract(
     )
 
 
+def _refuse(found: Sorted, base: str, tuned: str, only_lora: bool) -> None:
+    """What no adapter can be made of, before the long work."""
+    if found.renamed and not only_lora:
+        raise UserError(
+            f"Tensors that differ ({len(found.renamed):,}) have other names in the files of "
+            f"'{tuned}' than in its model, such as '{found.renamed[0]}'. So transformers saves "
+            "experts, which it joins into one tensor when it loads them, and no update is "
+            "extracted for these. --only-lora (only_lora=True) leaves them out."
+        )
+    if found.low_rank or (found.biases and not only_lora):
+        return
+    rest = [*found.whole, *(pair.name for pair in found.biases), *found.loose, *found.renamed]
+    if not rest:
+        raise UserError(f"'{base}' and '{tuned}' are the same, so there is nothing to extract.")
+    more = f" and {len(rest) - 10:,} more" if len(rest) > 10 else ""
+    raise UserError(
+        f"No weight of a linear layer differs between '{base}' and '{tuned}', so there is no "
+        f"low-rank update to extract. What differs: {', '.join(rest[:10])}{more}."
+    )
+
+
+def _refuse_nonfinite(modules: Mapping[str, Mapping[str, str]], after: Blueprint) -> None:
+    keys = dict.fromkeys(key for own in modules.values() for key in own.values())
+    broken = [f"'{key}'" for key in keys if not all_finite(after.fetch(key))]
+    gather(ArtifactError, f"{after.where} holds numbers that are not finite", broken)
+
+
 def _update(
     pair: Pair,
     before: Blueprint,
@@ -165,7 +189,10 @@ def _update(
     energy: float | None,
     generator: torch.Generator,
 ) -> tuple[Factors, LayerChange]:
+    rounding = rounding_norm(after.fetch(pair.after))
     weight, delta = changed(pair, before, after)
+    base_norm = frobenius(weight)
+    del weight  # a copy less while Δ is decomposed
     found = nearest(delta, r=r, energy=energy, generator=generator)
     out, inside = delta.shape
     k = found.factors.r
@@ -173,11 +200,11 @@ def _update(
         outputs=out,
         inputs=inside,
         r=k,
-        base_norm=float(torch.linalg.vector_norm(weight, dtype=torch.float64)),
+        base_norm=base_norm,
         norm=found.norm,
         lost=found.lost,
         chance=chance_held(out, inside, k),
-        rounding=rounding_norm(after.fetch(pair.after)),
+        rounding=rounding,
         exact=found.exact,
     )
     return found.factors, told
@@ -212,4 +239,9 @@ def _left_out(found: Sorted, only_lora: bool) -> tuple[str, ...]:
     if only_lora:
         own += [f"{name} ({why})" for name, why in found.whole.items()]
         own += [f"{pair.name} (a bias)" for pair in found.biases]
+    if found.renamed:
+        own.append(
+            f"{len(found.renamed):,} tensors such as {found.renamed[0]} (the files name them "
+            "otherwise than the model)"
+        )
     return tuple(own)

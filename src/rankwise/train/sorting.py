@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from rankwise.errors import ArtifactError, UserError, gather
 from rankwise.io.blueprint import Blueprint
 from rankwise.layers import is_conv1d
+from rankwise.spectrum import frobenius, subtract
 from rankwise.targets import find_head, shared_weights
 
 __all__ = ["Pair", "Sorted", "changed", "end_of", "sort_tensors"]
@@ -42,6 +44,7 @@ class Sorted:
         whole: for each module that has to be saved whole, why.
         kept: by module saved whole, its tensors by full name and by their names in the file.
         loose: tensors that differ and belong to no module that can be saved.
+        renamed: tensors that differ and that the files name otherwise than the model.
         untouched: how many tensors are the same, to the last bit of the shorter format.
         transposed: whether linear layers are stored (in, out).
     """
@@ -51,6 +54,7 @@ class Sorted:
     whole: Mapping[str, str]
     kept: Mapping[str, Mapping[str, str]]
     loose: tuple[str, ...]
+    renamed: tuple[str, ...]
     untouched: int
     transposed: bool
 
@@ -63,7 +67,7 @@ def sort_tensors(model: nn.Module, base: Blueprint, tuned: Blueprint) -> Sorted:
 
     Raises:
         UserError: the checkpoints are not of one architecture, or the vocabulary was resized.
-        ArtifactError: a tensor is missing, or not finite.
+        ArtifactError: a tensor is missing.
     """
     modules = dict(model.named_modules())
     head = find_head(model)
@@ -72,9 +76,10 @@ def sort_tensors(model: nn.Module, base: Blueprint, tuned: Blueprint) -> Sorted:
     whole: dict[str, str] = {}
     problems: list[str] = []
     loose: list[str] = []
-    untouched = 0
     keys = {n: key for n in model.state_dict() if (key := end_of(n, tuned.shapes)) is not None}
-    _refuse_missing(model, keys, tuned)
+    others = _others(model, keys, tuned)
+    renamed = tuple(key for key in others if not _unchanged(key, base, tuned))
+    untouched = len(others) - len(renamed)
     for name, after in keys.items():
         owner, _, leaf = name.rpartition(".")
         before = end_of(name, base.shapes)
@@ -103,8 +108,9 @@ def sort_tensors(model: nn.Module, base: Blueprint, tuned: Blueprint) -> Sorted:
         whole=whole,
         kept={name: _tensors(model, name, tuned) for name in whole},
         loose=tuple(loose),
+        renamed=renamed,
         untouched=untouched,
-        transposed=any(pair.transposed for pair in low),
+        transposed=any(pair.transposed for pair in (*low, *biases)),
     )
 
 
@@ -114,10 +120,9 @@ def changed(pair: Pair, base: Blueprint, tuned: Blueprint) -> tuple[Tensor, Tens
     Raises:
         ArtifactError: Δ is not finite.
     """
-    first, second = base.fetch(pair.before), tuned.fetch(pair.after)
-    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    delta = second.to(wide) - first.to(wide)
-    if not bool(torch.isfinite(delta).all()):
+    first = base.fetch(pair.before)
+    delta = subtract(tuned.fetch(pair.after), first)
+    if not math.isfinite(frobenius(delta)):
         raise ArtifactError(
             f"'{pair.after}' holds numbers that are not finite, in {base.where} or {tuned.where}."
         )
@@ -150,6 +155,14 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.to(short), second.to(short))
 
 
+def _unchanged(key: str, base: Blueprint, tuned: Blueprint) -> bool:
+    """Whether a tensor of the tuned checkpoint is the same in the base."""
+    before = end_of(key, base.shapes)
+    if before is None or base.shapes[before] != tuned.shapes[key]:
+        return False
+    return _same(base.fetch(before), tuned.fetch(key))
+
+
 def _tensors(model: nn.Module, name: str, tuned: Blueprint) -> dict[str, str]:
     """The tensors of a module by full name, each with its name in the file."""
     partners = {n: group for group in shared_weights(model) for n in group}
@@ -175,11 +188,23 @@ def _with_partners(model: nn.Module, whole: Mapping[str, str]) -> dict[str, str]
     return {n: why for n, why in found.items() if not any(n.startswith(f"{o}.") for o in found)}
 
 
-def _refuse_missing(model: nn.Module, keys: Mapping[str, str], tuned: Blueprint) -> None:
+def _others(model: nn.Module, keys: Mapping[str, str], tuned: Blueprint) -> list[str]:
+    """What the files hold under names that the model does not have, in place of what they lack.
+
+    So transformers saves a mixture of experts: it joins all experts of a block when it loads them.
+    The numbers are then as many; where they are not, tensors are missing.
+    """
     tied = {name for group in shared_weights(model) for name in group}
-    missing = [n for n, _ in model.named_parameters() if n not in keys and n not in tied]
+    state = model.state_dict()
+    gone = {n: t.numel() for n, t in state.items() if n not in keys and n not in tied}
+    missing = [n for n, _ in model.named_parameters() if n in gone]
+    known = set(keys.values())
+    others = {key: math.prod(shape) for key, shape in tuned.shapes.items() if key not in known}
+    if missing and sum(gone[n] for n in missing) <= sum(others.values()) <= sum(gone.values()):
+        return list(others)
     told = [f"there is no '{name}'." for name in missing]
-    gather(ArtifactError, f"{tuned.where} is not what its config.json says", told)
+    gather(ArtifactError, f"{tuned.where} does not hold the model of its config.json", told)
+    return []
 
 
 def _refuse_strangers(low: list[Pair], untouched: int, base: Blueprint, tuned: Blueprint) -> None:
