@@ -7,9 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rankwise.cli.app import main
 from rankwise.io.peft_alone import read_peft_alone
+from rankwise.methods.adapter import adapter_of
+from rankwise.train.config import FitConfig
+from rankwise.train.restore import restore
+from rankwise.train.run import fit
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -59,12 +65,13 @@ def test_the_metric_of_a_run_is_measured_beside_the_error(call: Call, rows: Path
 
 
 def test_another_adapter_needs_the_name_of_its_base(
-    call: Call, finished: Callable[[str], Path], rows: Path, bert: Path
+    call: Call, finished: Callable[[str], Path], rows: Path, bert: Path, tmp_path: Path
 ) -> None:
     adapter = finished("single") / "adapter"
     code, _, err = call("--r", "1", "--data", rows / "dev.tsv", adapter=adapter)
     assert code == 2
     assert "--model MODEL" in err
+    assert not (tmp_path / "cut").exists()
     code, out, err = call("--r", "1", "--data", rows / "dev.tsv", "--model", bert, adapter=adapter)
     assert code == 0, err
     assert "measured on 21 rows" in out
@@ -79,6 +86,7 @@ def test_another_adapter_needs_the_name_of_its_base(
         (("--budget", "3"), "the smallest has 64"),
         (("--energy", "1.5"), "above 0 and at most 1"),
         (("--r", "0"), "r must be a whole number"),
+        (("--r", "1", "--data", "nowhere.tsv"), "nowhere.tsv"),
     ],
 )
 def test_a_mistake_is_told_and_nothing_is_written(
@@ -88,3 +96,41 @@ def test_a_mistake_is_told_and_nothing_is_written(
     assert code == 2
     assert told in err
     assert not (tmp_path / "cut").exists()
+
+
+def test_a_run_with_trained_biases_knows_the_base_that_tells_them(
+    call: Call,
+    options: Callable[..., FitConfig],
+    bert: Path,
+    tmp_path: Path,
+) -> None:
+    """BERT's file has no name of the task's model in front of its biases."""
+    run = fit(options(tmp_path / "run", bias="adapted", max_steps=2)).folder
+    code, _, err = call("--r", "1", adapter=run)
+    assert code == 0, err
+    cut = read_peft_alone(tmp_path / "cut").adapter.biases
+    restored = adapter_of(restore(run).base.model).biases
+    assert cut.keys() == restored.keys()
+    for name, added in restored.items():
+        torch.testing.assert_close(cut[name], added, atol=1e-6, rtol=1e-5)
+    alone = ("--out", tmp_path / "second", "--r", "1")
+    code, _, err = call(*alone, adapter=run / "adapter")
+    assert (code, "(--base)" in err) == (2, True)
+    code, _, err = call(*alone, "--base", bert, adapter=run / "adapter")
+    assert code == 0, err
+
+
+def test_the_model_of_a_pipeline_can_be_named(call: Call, tmp_path: Path) -> None:
+    names = {"unet": "a", "text_encoder": "b"}
+    tensors = {
+        f"{model}.{name}.lora_{side}.weight": torch.randn((2, 6) if side == "A" else (5, 2))
+        for model, name in names.items()
+        for side in "AB"
+    }
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    code, _, err = call("--r", "1", adapter=tmp_path / "pytorch_lora_weights.safetensors")
+    assert (code, "--component" in err) == (2, True)
+    words = ("--r", "1", "--component", "unet")
+    code, _, err = call(*words, adapter=tmp_path / "pytorch_lora_weights.safetensors")
+    assert code == 0, err
+    assert list(read_peft_alone(tmp_path / "cut").factors) == ["a"]

@@ -253,7 +253,7 @@ def test_a_start_that_rankwise_trained_from_is_an_exact_pair(llama: Path, to: st
     convert(tmp_path / "a", to, tmp_path / "b", told)
     convert(tmp_path / "b", "peft", tmp_path / "c", told)
     portable = read_any(tmp_path / "c")
-    assert {f.r for f in portable.factors.values()} == {4}
+    assert {f.pair().r for f in portable.factors.values()} == {4}
     assert (peft_outputs(llama, tmp_path / "c") - want).abs().max() < 1e-6
 
 
@@ -269,7 +269,7 @@ def test_parts_and_biases_that_rankwise_trained(gpt2: Path, tmp_path: Path):
         bias="adapted",
     )
     want = ours(gpt2, tmp_path / "a", method)
-    with pytest.raises(ArtifactError, match="biases are stored as values, and the base"):
+    with pytest.raises(UserError, match="biases are stored as values, and the base"):
         convert(tmp_path / "a", "peft", tmp_path / "b")
     convert(tmp_path / "a", "peft", tmp_path / "b", Wishes(base=gpt2))
     assert (peft_outputs(gpt2, tmp_path / "b") - want).abs().max() < 1e-6

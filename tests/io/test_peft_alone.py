@@ -222,7 +222,7 @@ def test_biases_of_the_base_are_told_by_the_base(bert: Path, tmp_path: Path):
     file = tmp_path / "a" / WEIGHTS
     tensors = {k: t + k.endswith("bias") for k, t in load_file(file).items()}
     save_file(tensors, file)
-    with pytest.raises(ArtifactError, match="biases are stored as values, and the base"):
+    with pytest.raises(UserError, match="biases are stored as values, and the base"):
         read_peft_alone(tmp_path / "a")
     portable = read_peft_alone(tmp_path / "a", base=blueprint(bert))
     assert len(portable.adapter.biases) == 2
@@ -269,8 +269,6 @@ Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
             "x' has no B|does not mean",
         ),
         (lambda t: t | {f"{Q}.odd": torch.ones(2)}, {}, r"q_proj\.odd' is no part of an update"),
-        (lambda t: t | {f"{PREFIX}norm.bias": torch.ones(2)}, {}, "biases are stored as values"),
-        (lambda t: t | {f"{Q}.base_layer.x.lora_A.weight": torch.ones(2, 2)}, {}, "wrapped twice"),
         (
             lambda t: {k.replace("_A.", "_A.x.").replace("_B.", "_B.y."): v for k, v in t.items()},
             {},
@@ -282,17 +280,11 @@ Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
         (None, {"r": 3}, r"has shape \(2, 32\), and r is 3"),
         (None, {"target_modules": ["q_proj"]}, "target_modules does not mean it"),
         (None, {"use_dora": True}, "has no lora_magnitude_vector"),
-        (None, {"target_parameters": ["experts.up"]}, "that only the model can tell"),
         (lambda t: t | {f"{PREFIX}x.lora_B.bias": torch.ones(2)}, {}, "a bias on B and no factors"),
         (
             lambda t: t | {f"{PREFIX}lm_head.lora_magnitude_vector": torch.ones(2)},
             {},
             "lora_magnitude_vector and no factors",
-        ),
-        (
-            lambda t: t | {f"{PREFIX}e.token_adapter.trainable_tokens_delta": torch.ones(2, 2)},
-            {},
-            "rows of an embedding are stored as values",
         ),
     ],
 )
@@ -303,11 +295,33 @@ def test_what_is_wrong_is_named(
         read_peft_alone(changed(tensors, **config))
 
 
+@pytest.mark.parametrize(
+    ("tensors", "config", "told"),
+    [
+        (lambda t: t | {f"{PREFIX}norm.bias": torch.ones(2)}, {}, r"the base \(--base\) tells"),
+        (lambda t: t | {f"{Q}.base_layer.x.lora_A.weight": torch.ones(2, 2)}, {}, "wrapped twice"),
+        (None, {"target_parameters": ["experts.up"]}, "that only the model can tell"),
+        (None, {"peft_type": "RANKWISE_LORA"}, "banks of experts"),
+        (
+            lambda t: t | {f"{PREFIX}e.token_adapter.trainable_tokens_delta": torch.ones(2, 2)},
+            {},
+            "trained rows of an embedding, which are stored as values",
+        ),
+    ],
+)
+def test_what_the_model_alone_tells_is_no_damage(
+    changed: Callable[..., Path], tensors: Any, config: dict[str, Any], told: str
+):
+    with pytest.raises(UserError, match=told) as caught:
+        read_peft_alone(changed(tensors, **config))
+    assert "in Python: rankwise.load_adapter" in str(caught.value)
+
+
 def test_a_tensor_that_may_be_the_bases_needs_the_base(changed: Callable[..., Path], llama: Path):
     base = blueprint(llama)
     key = "model.norm.weight"
     folder = changed(lambda t: t | {PREFIX + key: base.fetch(key)})
-    with pytest.raises(ArtifactError, match=r"'model\.norm\.weight' .*which --base would tell"):
+    with pytest.raises(UserError, match=r"'model\.norm\.weight' .*which --base would tell"):
         read_peft_alone(folder)
     assert "left out: 1 tensors" in read_peft_alone(folder, base=base).notes[0]
     shutil.rmtree(folder)

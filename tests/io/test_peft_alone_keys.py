@@ -70,8 +70,9 @@ def test_copies_of_the_base_are_left_out():
 def test_the_base_tells_its_copies():
     model = nn.ModuleDict({"out": nn.Linear(2, 2, bias=False)})
     tensors = {P + "a.lora_A.weight": T, P + "out.weight": model["out"].weight.detach().clone()}
-    assert sort_keys(tensors, (), None).problems
-    assert sort_keys(tensors, (), None, blueprint_of(model)).problems == []
+    assert sort_keys(tensors, (), None).needs
+    told = sort_keys(tensors, (), None, blueprint_of(model))
+    assert (told.problems, told.needs) == ([], [])
     tensors[P + "out.weight"] += 1
     assert sort_keys(tensors, (), None, blueprint_of(model)).problems
 
@@ -84,14 +85,26 @@ def test_the_base_tells_its_copies():
             "occurs twice, in two spellings",
         ),
         ((P + "a.lora_A.x.weight", P + "a.lora_B.y.weight"), "mix several adapters ('x', 'y')"),
-        ((P + "m.base_layer.out_proj.lora_A.weight",), "wrapped twice"),
         ((P + "a.lora_diag",), "it belongs to KaSA"),
-        ((P + "a.base_layer.bias",), "trained biases are stored as values"),
-        ((P + "a.weight",), "it holds no low-rank factors"),
+        ((P + "a.lora_magnitude_vector",), "it holds no low-rank factors"),
     ],
 )
 def test_what_is_left_over_is_told(keys: tuple[str, ...], told: str):
     assert any(told in problem for problem in sort(*keys).problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("m.base_layer.out_proj.lora_A.weight", "wrapped twice"),
+        ("a.base_layer.bias", "biases are stored as values"),
+        ("a.weight", "which --base would tell"),
+        ("a.token_adapter.trainable_tokens_delta", "trained rows of an embedding"),
+    ],
+)
+def test_what_others_can_tell_is_no_problem_of_the_file(key: str, told: str):
+    keys = sort(P + "q.lora_A.weight", P + key)
+    assert (keys.problems, [told in need for need in keys.needs]) == ([], [True])
 
 
 def test_a_bias_becomes_what_was_added():
@@ -102,6 +115,14 @@ def test_a_bias_becomes_what_was_added():
         keys = sort_keys(tensors, (), None, blueprint_of(model))
         torch.testing.assert_close(keys.biases["q.bias"], torch.full((2,), 3.0))
         assert keys.problems == []
+
+
+def test_a_bias_is_found_under_the_shorter_name_of_the_bases_file():
+    inner = nn.Linear(2, 2)
+    model = nn.ModuleDict({"layer": nn.ModuleDict({"q": inner})})
+    tensors = {P + "bert.layer.q.bias": inner.bias.detach() + 3}
+    keys = sort_keys(tensors, (), None, blueprint_of(model))
+    torch.testing.assert_close(keys.biases["bert.layer.q.bias"], torch.full((2,), 3.0))
 
 
 def test_changes_of_names_are_told():

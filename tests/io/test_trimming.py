@@ -9,16 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import rankwise as rw
 from foreign import load, outputs, peft_folder
-from rankwise.errors import UserError
+from rankwise.attaching import low_rank_updates
+from rankwise.errors import ArtifactError, UserError
+from rankwise.inits import Init
+from rankwise.io.adapters import save_adapter
 from rankwise.io.convert import Wishes, convert
 from rankwise.io.loralib import Unsaid
 from rankwise.io.peft_alone import read_peft_alone, write_peft_alone
 from rankwise.io.portable import Portable, assemble
 from rankwise.io.trimming import trim_adapter
 from rankwise.lowrank import Factors
+from rankwise.methods.trimming import Prefix, trim
 from rankwise.spectrum import Energy, MaxError, Top
+from rankwise.train.nested import Nested
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -94,6 +101,90 @@ def test_layers_of_rank_zero_are_not_in_the_file_and_are_told(tmp_path: Path) ->
     assert any(note.startswith("rank 0: 1 updates are left out ('b')") for note in made.notes)
 
 
+class Two(nn.Module):
+    """Two layers whose updates have different ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.a, self.b = nn.Linear(12, 10), nn.Linear(10, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def begun(init: Init, **more: Any) -> nn.Module:
+    """A model whose updates have moved away from a start that is not zero."""
+    model = Two()
+    options: dict[str, Any] = {"r": 4, "target_modules": ["a", "b"], "head": "freeze"}
+    rw.attach(model, rw.LoRA(init=init, **{**options, **more}))
+    for update in low_rank_updates(model).values():
+        update.lora_A.data += 0.1 * torch.randn_like(update.lora_A)
+        update.lora_B.data += 0.1 * torch.randn_like(update.lora_B)
+    return model
+
+
+@pytest.mark.parametrize("init", [rw.PiSSA(), rw.OLoRA()])
+@pytest.mark.parametrize("more", [{}, {"rank_stabilized": True}, {"rank_pattern": {"b": 2}}])
+def test_a_prefix_of_a_started_update_is_what_nested_training_showed(
+    init: Init, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """The file holds the pair [A; A0], [B, -B0], whose first rows are no prefix."""
+    model, x = begun(init, **more), torch.randn(5, 12)
+    save_adapter(model, tmp_path / "own")
+    for k in (1, 2, 3):
+        made = trim_adapter(tmp_path / "own", Prefix(k), tmp_path / f"cut{k}")
+        wanted = trim(rw.adapter_of(model), Prefix(k)).adapter
+        for name, f in wanted.factors.items():
+            found = made.trimmed.adapter.factors[name]
+            assert torch.equal(found.delta(), f.delta())
+            assert found.scale == f.scale
+        alone = Two()
+        rw.load_adapter(alone, tmp_path / f"cut{k}")
+        with Nested(model, 0).first(k):
+            torch.testing.assert_close(alone(x), model(x), atol=1e-6, rtol=1e-5)
+    again = trim_adapter(tmp_path / "cut3", Prefix(1), tmp_path / "again")
+    for name, f in trim(rw.adapter_of(model), Prefix(1)).adapter.factors.items():
+        if "rank_pattern" not in more:  # of rank 2, 3 of 4 are all
+            assert torch.equal(again.trimmed.adapter.factors[name].delta(), f.delta())
+
+
+def test_a_started_update_is_one_of_its_trained_rank_with_its_start(tmp_path: Path) -> None:
+    model = begun(rw.PiSSA())
+    save_adapter(model, tmp_path / "own")
+    found = read_peft_alone(tmp_path / "own")
+    for name, f in rw.adapter_of(model).factors.items():
+        own = found.factors[name]
+        for part in ("A", "B", "A0", "B0"):
+            assert torch.equal(getattr(own, part), getattr(f, part))
+    made = trim_adapter(tmp_path / "own", MaxError(0.2), tmp_path / "cut")
+    wanted = trim(rw.adapter_of(model), MaxError(0.2))
+    assert made.trimmed.error == pytest.approx(wanted.error, rel=1e-6)
+
+
+def test_a_note_on_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    save_adapter(begun(rw.PiSSA()), tmp_path / "own")
+    config = tmp_path / "own" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({**said, "lora_alpha": 2 * said["lora_alpha"]}))
+    with pytest.raises(ArtifactError, match="one of the two was changed"):
+        trim_adapter(tmp_path / "own", Prefix(1), tmp_path / "cut")
+
+
+def test_parts_in_one_update_have_no_common_first_ranks(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 12))
+    split = {"0": rw.Split(("q", "v"))}
+    parts = ["0.q", "0.v"]
+    rw.attach(model, rw.LoRA(r=2, target_modules=parts, split=split, head="freeze"))
+    for update in low_rank_updates(model).values():
+        nn.init.normal_(update.lora_B)
+    save_adapter(model, tmp_path / "own")
+    with pytest.raises(UserError, match="not the first of each part"):
+        trim_adapter(tmp_path / "own", Prefix(1), tmp_path / "cut")
+    trim_adapter(tmp_path / "own", Top(4), tmp_path / "cut")
+
+
 def test_nothing_is_written_where_the_promise_cannot_be_kept(tmp_path: Path) -> None:
     zero = {"a": Factors(torch.randn(2, 6), torch.zeros(5, 2), 1.0)}
     write_peft_alone(Portable(assemble(zero)), tmp_path / "own")
@@ -102,3 +193,30 @@ def test_nothing_is_written_where_the_promise_cannot_be_kept(tmp_path: Path) -> 
     with pytest.raises(UserError, match="holds an adapter that is read"):
         trim_adapter(tmp_path / "own", Top(1), tmp_path / "own")
     assert not (tmp_path / "cut").exists()
+
+
+def test_a_promise_below_the_rounding_of_the_file_is_told(tmp_path: Path) -> None:
+    """The ranks keep it in float64; float32 cannot."""
+    torch.manual_seed(5)
+    factors = {"a": Factors(torch.randn(4, 30), torch.randn(20, 4), 1.0)}
+    write_peft_alone(Portable(assemble(factors)), tmp_path / "own")
+    for promise, told in (
+        (MaxError(1e-9), True),
+        (Energy(1 - 1e-15), True),
+        (MaxError(0.5), False),
+    ):
+        made = trim_adapter(tmp_path / "own", promise, tmp_path / "cut")
+        written = read_peft_alone(tmp_path / "cut").factors["a"].A.dtype
+        assert written == torch.float32
+        assert any("rounding: the ranks keep the promise" in n for n in made.notes) is told
+        assert told is (1e-9 < made.trimmed.error < 1e-5)
+
+
+def test_an_update_of_two_tied_layers_is_cut_on_its_model(gpt2: Path, tmp_path: Path) -> None:
+    model = load(gpt2)
+    rw.attach(model, rw.LoRA(r=2, target_modules=["wte"], tied=True, head="freeze"))
+    save_adapter(model, tmp_path / "own")
+    assert list(read_peft_alone(tmp_path / "own").factors) == ["transformer.wte"]
+    with pytest.raises(UserError, match=r"in Python: rankwise\.load_adapter") as caught:
+        trim_adapter(tmp_path / "own", Top(1), tmp_path / "cut")
+    assert "save it from there" not in str(caught.value)

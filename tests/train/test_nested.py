@@ -61,8 +61,6 @@ def test_a_step_sees_the_first_ranks_as_if_the_adapter_were_cut(
         assert grads[1][:, : cut[name]].any()
         assert not grads[0][cut[name] :].any()
         assert not grads[1][:, cut[name] :].any()
-    if more.get("dora") or more.get("rank_pattern"):
-        return
     alone = adapted(**more)
     rw.detach(alone)
     rw.attach(alone, trim(whole, Prefix(k)).adapter)

@@ -10,16 +10,7 @@ import torch
 from rankwise.errors import ArtifactError
 from rankwise.io.blueprint import Blueprint, blueprint
 from rankwise.train.blank import blank_model
-from rankwise.train.sorting import Pair, changed, end_of, sort_tensors
-
-
-def test_a_name_is_itself_or_its_longest_end() -> None:
-    shapes: dict[str, tuple[int, ...]] = {"model.a.q.weight": (), "b.q.weight": (), "weight": ()}
-    assert end_of("model.a.q.weight", shapes) == "model.a.q.weight"
-    assert end_of("a.q.weight", shapes) == "model.a.q.weight"
-    assert end_of("bert.b.q.weight", shapes) == "b.q.weight"
-    assert end_of("bert.c.q.weight", shapes) is None
-    assert end_of("q.weight", shapes) is None  # two end so
+from rankwise.train.sorting import Pair, changed, sort_tensors
 
 
 def test_the_same_checkpoint_is_untouched(bert: Path) -> None:

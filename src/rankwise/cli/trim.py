@@ -11,9 +11,11 @@ import typer
 from rankwise.cli.console import make_reporter, table
 
 if TYPE_CHECKING:
+    from rankwise.io.convert import Wishes
     from rankwise.io.trimming import TrimmedFolder
     from rankwise.methods.trimming import Prefix
     from rankwise.spectrum import Promise
+    from rankwise.train.trying import Bench
 
 __all__ = ["command"]
 
@@ -39,14 +41,19 @@ def command(
     ] = None,
     prefix: Annotated[
         int | None,
-        typer.Option(help="The first ranks of every layer, of a run with --train-nested."),
+        typer.Option(help="First ranks of the largest, and their share of every other layer's."),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Labelled rows to measure the change of the metric on.", metavar="FILE"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Base model; a run knows its own.", metavar="MODEL")
+        str | None,
+        typer.Option(help="Base model for --data; a run knows its own.", metavar="MODEL"),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model, for what the adapter's file leaves to it.", metavar="MODEL"),
     ] = None,
     source: Annotated[
         str | None,
@@ -54,6 +61,9 @@ def command(
     ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="loralib: lora_alpha of the training, not in its files.")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Which model of a diffusion pipeline.")
     ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open .bin, .pt and the like, as tensors only.")
@@ -64,24 +74,47 @@ def command(
     One of --r, --energy, --max-error, --budget and --prefix says what is kept. The ranks of all
     layers are chosen together by their singular values; the table has the error of each. With
     --data both adapters are also run on these rows, and the change of the metric is told beside its
-    noise. The result is a folder in PEFT's format.
+    noise. The result is a folder in PEFT's format. A run knows its own base.
 
     Example: rankwise trim runs/first --energy 0.99 --data dev.tsv --out trimmed
     """
     promise = _promise(r, energy, max_error, budget, prefix)
     from rankwise.io.convert import Wishes
     from rankwise.io.loralib import Unsaid
+
+    wishes = Wishes(
+        source=source,
+        base=_base(adapter, base, model),
+        component=component,
+        unsaid=Unsaid(alpha=alpha),
+        allow_pickle=allow_pickle,
+    )
+    bench = None if data is None else _bench(adapter, out, data, model or base)
+    _cut(adapter, promise, out, wishes, bench)
+
+
+def _cut(
+    adapter: str, promise: Promise | Prefix, out: str, wishes: Wishes, bench: Bench | None
+) -> None:
     from rankwise.io.trimming import trim_adapter
 
-    local = model if model is not None and Path(model).exists() else None
-    wishes = Wishes(
-        source=source, base=local, unsaid=Unsaid(alpha=alpha), allow_pickle=allow_pickle
-    )
     made = trim_adapter(adapter, promise, out, wishes)
     _show(made, promise)
-    if data is not None:
-        print(_measured(made, adapter, data, model))
+    if bench is not None:
+        print(_measured(made, bench))
     print(f"adapter: {out}")
+
+
+def _base(adapter: str, base: str | None, model: str | None) -> Path | None:
+    """Where the base lies: the one that was named, or a run's own where it is on this machine."""
+    from rankwise.train.snapshot import base_of_run, local_folder
+
+    if base is not None:
+        return local_folder(base)
+    if model is not None and Path(model).exists():
+        return Path(model)
+    own = base_of_run(adapter)
+    return None if own is None else own[1]
 
 
 def _promise(
@@ -169,24 +202,28 @@ def _how(made: TrimmedFolder, promise: Promise | Prefix) -> str:
     return f"Ranks: {way}; at most {chosen.parameters - chosen.bound:,.0f} parameters too many."
 
 
-def _measured(made: TrimmedFolder, adapter: str, data: str, model: str | None) -> str:
-    """The change of the metric from the adapter to the cut one."""
+def _bench(adapter: str, out: str, data: str, model: str | None) -> Bench:
+    """The base and the rows that both adapters are run on, found before anything is written."""
     from rankwise.errors import UserError
-    from rankwise.lab.changes import change
+    from rankwise.io.convert import refuse_place
+    from rankwise.io.detect import home
     from rankwise.train.trying import bench_of_model, bench_of_run
 
+    refuse_place(Path(out), home(adapter))
     reporter = make_reporter()
     if (Path(adapter) / "manifest.json").exists():
-        bench = bench_of_run(adapter, data, model=model, reporter=reporter)
-    elif model is not None:
-        bench = bench_of_model(model, data, reporter=reporter)
-    else:
-        raise UserError(
-            f"'{adapter}' is no run, so --data also needs the base: --model MODEL. The cut adapter "
-            "was written all the same."
-        )
+        return bench_of_run(adapter, data, model=model, reporter=reporter)
+    if model is not None:
+        return bench_of_model(model, data, reporter=reporter)
+    raise UserError(f"'{adapter}' is no run, so --data also needs the base: --model MODEL.")
+
+
+def _measured(made: TrimmedFolder, bench: Bench) -> str:
+    """The change of the metric from the adapter to the cut one."""
+    from rankwise.lab.changes import change
+
     both = (made.before.adapter, made.trimmed.adapter)
-    first, second = bench.tried(both, reporter)
+    first, second = bench.tried(both, make_reporter())
     return (
         f"measured on {len(bench.rows.encoded)} rows: {change(first, second, bench.metric).line()}"
     )

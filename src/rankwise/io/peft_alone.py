@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -18,11 +19,13 @@ from rankwise.io.blueprint import Blueprint
 from rankwise.io.holding import FORMATS, demand
 from rankwise.io.json_files import read_json
 from rankwise.io.peft import WEIGHTS
-from rankwise.io.peft_alone_keys import NEEDS_BASE, Keys, sort_keys
+from rankwise.io.peft_alone_keys import ON_MODEL, Keys, sort_keys
 from rankwise.io.peft_config import CONFIG, PeftConfig, read_config
 from rankwise.io.peft_extras import Exact, bias_within
 from rankwise.io.peft_forms import Convolution, Form, Linear
 from rankwise.io.peft_keys import PREFIX
+from rankwise.io.peft_layout import METADATA_KEY as LAYOUT
+from rankwise.io.peft_layout import Notes, Share
 from rankwise.io.peft_names import exact, patterns, value_for
 from rankwise.io.pickles import ask_for_pickle, read_pickle
 from rankwise.io.portable import Kernel, Portable, pairs
@@ -30,7 +33,7 @@ from rankwise.io.reforms import join_parts, without_starts
 from rankwise.io.sketch import METADATA_KEY
 from rankwise.io.tensors import TensorFile, read_tensors, shown, write_tensors
 from rankwise.layers import Layout
-from rankwise.lowrank import Factors
+from rankwise.lowrank import Factors, scaling
 from rankwise.methods.adapter import Adapter
 from rankwise.methods.lora import LoRA
 from rankwise.methods.restate import restated
@@ -58,25 +61,44 @@ def read_peft_alone(
     ``allow_pickle``.
 
     Raises:
-        UserError: there is no such folder or file, or it is a pickle that was not asked for.
-        ArtifactError: lists all that is wrong, and what only the model could make sense of.
+        UserError: there is no such folder or file, or it is a pickle that was not asked for, or
+            only the base or the model can make sense of some of it.
+        ArtifactError: lists all that is wrong.
         EnvironmentFault: a file cannot be read.
     """
     home = Path(folder)
     config = read_config(home / CONFIG)
     raw = read_json(home / CONFIG)
+    if config.by_rankwise or config.parameters:
+        raise UserError(
+            f"The adapter in '{home}' has updates of weights that only the model can tell, such as "
+            f"banks of experts. Read it {ON_MODEL}."
+        )
     file = _tensors(home, allow_pickle, allow_nonfinite)
     told = _told(file.metadata.get(_TRAINED_KEY), home)
+    layout = Notes.from_json(file.metadata.get(LAYOUT), f"'{home / WEIGHTS}'")
     tensors, _ = Exact.apart(file.tensors)
     keys = sort_keys(tensors, config.rule.modules_to_save, told, base)
+    keys.problems.extend(_without_twins(keys, layout))
     flat, kernels, problems = _flattened(keys, config)
+    shares = _started(layout, flat)
     problems = [*keys.problems, *problems, *_contradictions(keys, config)]
-    gather(ArtifactError, f"The adapter in '{home}' cannot be converted", problems)
-    adapter = _adapter(config, keys, pairs(flat, f"The adapter in '{home}'"))
+    problems.extend(_other_layout(shares, flat, config))
+    gather(ArtifactError, f"The adapter in '{home}' cannot be used", problems)
+    gather(
+        UserError,
+        f"The adapter in '{home}' cannot be read by itself. What --base does not tell is read "
+        f"{ON_MODEL}",
+        keys.needs,
+    )
+    adapter = _adapter(config, keys, pairs(flat, f"The adapter in '{home}'"), shares)
+    if layout.tied:
+        adapter = replace(adapter, method=replace(adapter.method, tied=True))
     return Portable(
         adapter,
         embeddings=frozenset(keys.embeddings),
         kernels=kernels,
+        fused=tuple(name for name in layout.split if name in flat),
         transposed=raw.get("fan_in_fan_out") is True,
         base=config.base_model_name,
         task_type=task if isinstance(task := raw.get("task_type"), str) else None,
@@ -96,6 +118,7 @@ def write_peft_alone(portable: Portable, folder: str | os.PathLike[str]) -> Port
         EnvironmentFault: the disk refuses.
     """
     demand(portable, FORMATS["peft"])
+    begun = {n: f.r for n, f in portable.factors.items() if f.A0 is not None}
     portable = join_parts(without_starts(portable))
     problems = list(_biases_beyond(portable))
     gather(UserError, "PEFT's files cannot hold this adapter without its base", problems)
@@ -107,6 +130,9 @@ def write_peft_alone(portable: Portable, folder: str | os.PathLike[str]) -> Port
     }
     tensors.update({PREFIX + name: t for name, t in portable.adapter.trained.items()})
     metadata = {_TRAINED_KEY: json.dumps(list(portable.adapter.modules))}
+    own = {n: _share(portable.factors[n], r) for n, r in begun.items() if n in packed}
+    if (layout := Notes(own).to_json()) is not None:
+        metadata[LAYOUT] = layout
     if portable.sketch is not None:
         metadata[METADATA_KEY] = portable.sketch
     ranks = {name: pack.r for name, pack in packed.items()}
@@ -203,8 +229,6 @@ def _forms(portable: Portable) -> dict[str, Form]:
 
 
 def _contradictions(keys: Keys, config: PeftConfig) -> Iterator[str]:
-    if config.by_rankwise or config.parameters:
-        yield f"it has updates of weights that only the model can tell; {NEEDS_BASE}."
     for name in keys.sides:
         if config.rule.target_modules != "all-linear" and not config.rule.targets(name):
             yield f"'{name}' is adapted, and target_modules does not mean it."
@@ -216,12 +240,54 @@ def _contradictions(keys: Keys, config: PeftConfig) -> Iterator[str]:
         yield f"'{name}' has a bias on B and no factors."
 
 
+def _without_twins(keys: Keys, layout: Notes) -> Iterator[str]:
+    """Take out the updates that Rankwise wrote once more for a tied module, or say what differs."""
+    for twin, source in layout.tied.items():
+        if twin not in keys.sides or source not in keys.sides:
+            continue
+        copy, own = keys.sides.pop(twin), keys.sides[source]
+        keys.embeddings = [name for name in keys.embeddings if name != twin]
+        a, b, A, B = (each.get(side) for each in (copy, own) for side in "AB")
+        if a is None or b is None or A is None or B is None:
+            yield f"'{twin}' or '{source}' lacks a factor, and they are tied."
+        elif not (_same(a, A) and _same(b, B)) and not (_same(a, B.mT) and _same(b, A.mT)):
+            yield f"'{twin}' and '{source}' are tied, and the file has another update for each."
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
+
+
+def _started(layout: Notes, names: Iterable[str]) -> dict[str, Share]:
+    """What Rankwise noted of the updates that end in their start."""
+    noted = {name: layout.shares[name] for name in names if name in layout.shares}
+    return {name: share for name, share in noted.items() if share.start}
+
+
+def _other_layout(
+    shares: Mapping[str, Share], flat: Mapping[str, Mapping[str, Tensor]], config: PeftConfig
+) -> Iterator[str]:
+    """Where the notes on a start do not go with the tensors or the configuration."""
+    stable = config.rank_stabilized
+    for name, share in shares.items():
+        rows = (0, len(flat[name]["A"])) if "A" in flat[name] else share.rows
+        r = value_for(config.rank_pattern, name, config.r)
+        scale = scaling(r, value_for(config.alpha_pattern, name, config.alpha), stable)
+        if rows != share.rows or not math.isclose(scale, share.scale(stable), rel_tol=1e-9):
+            yield (
+                f"{LAYOUT} tells of another rank, start or scale of '{name}' than the file and "
+                f"{CONFIG} have: one of the two was changed."
+            )
+
+
 def _adapter(
-    config: PeftConfig, keys: Keys, factors: Mapping[str, tuple[Tensor, Tensor]]
+    config: PeftConfig,
+    keys: Keys,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    shares: Mapping[str, Share],
 ) -> Adapter:
     names = [*factors, *keys.modules]
     spelled = {name: exact(name, names) for name in names}
-    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     r_of = {n: value_for(config.rank_pattern, n, config.r) for n in factors}
     alphas = {n: float(value_for(config.alpha_pattern, n, config.alpha)) for n in factors}
     method = LoRA(
@@ -238,8 +304,13 @@ def _adapter(
         head="freeze",
         modules_to_save=tuple(spelled[n] for n in keys.modules),
     )
-    made = {n: Factors(a, b, method.spec(n).scale) for n, (a, b) in factors.items()}
-    if ranks != r_of:  # of a convolution in groups
+    made = {
+        n: shares[n].factors(a, b, shares[n].scale(config.rank_stabilized))
+        if n in shares
+        else Factors(a, b, method.spec(n).scale)
+        for n, (a, b) in factors.items()
+    }
+    if {n: f.r for n, f in made.items()} != r_of:  # with a start, or of a convolution in groups
         method = restated(method, made)
     on_b = {f"{n}.bias": (b.double() * made[n].scale).float() for n, b in keys.b_biases.items()}
     return Adapter(
@@ -256,7 +327,7 @@ def _biases_beyond(portable: Portable) -> Iterator[str]:
     adapter = portable.adapter
     plain = set(adapter.factors) - portable.embeddings - set(portable.kernels)
     other = [name for name in adapter.biases if name.removesuffix(".bias") not in plain]
-    remedy = NEEDS_BASE[0].upper() + NEEDS_BASE[1:] + "."
+    remedy = f"It can be written {ON_MODEL}."
     if other:
         yield (
             f"the bias {shown(other[0])} trained, which is none of an adapted linear layer, and "
@@ -264,6 +335,11 @@ def _biases_beyond(portable: Portable) -> Iterator[str]:
         )
     elif adapter.biases and (adapter.magnitudes or plain != set(adapter.factors)):
         yield f"PEFT has a bias on B only where all updates are of linear layers. {remedy}"
+
+
+def _share(pair: Factors, r: int) -> Share:
+    """What is noted of the pair [A; A0], [B, −B0] of a start, so that it can be taken apart."""
+    return Share(r, pair.scale * r, (0, pair.r), pair.r - r)
 
 
 def _beside(portable: Portable, name: str) -> Iterator[tuple[str, Tensor]]:

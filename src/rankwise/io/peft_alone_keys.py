@@ -14,19 +14,19 @@ from rankwise.io.peft_keys import named
 from rankwise.io.peft_names import within
 from rankwise.io.sketch import agree
 from rankwise.io.tensors import shown
+from rankwise.io.weights import tensor_key
 
-__all__ = ["NEEDS_BASE", "Keys", "sort_keys"]
+__all__ = ["ON_MODEL", "Keys", "sort_keys"]
 
-NEEDS_BASE = "load the adapter on its base (rankwise.load_adapter) and save it from there"
+ON_MODEL = (
+    "on its model, in Python: rankwise.load_adapter, then rankwise.adapter_of(model), which "
+    "rankwise.trim cuts and whose factors hold every update"
+)
 _KEY = re.compile(
     r"(?P<name>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
     r"|(?P<magnitude>lora_magnitude_vector)|lora_B\.(?P<bias>bias))"
 )
-_KNOWN_ENDS = {
-    "trainable_tokens_delta": f"trained rows of an embedding are stored as values; {NEEDS_BASE}",
-    "lora_diag": "it belongs to KaSA, which is not supported",
-    "bias": "trained biases are stored as values, and the base (--base) tells what was added",
-}
+_TOKENS, _UNSUPPORTED = ".trainable_tokens_delta", ".lora_diag"
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Keys:
         trained: their tensors, by full name.
         copies: tensors of the base that PEFT saves as well.
         unknown: tensors that may be such copies or may have trained.
+        needs: one sentence for each tensor that only the base or the model makes sense of.
         problems: one sentence for each tensor that is not understood.
         notes: what was left out.
     """
@@ -56,6 +57,7 @@ class Keys:
     trained: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     copies: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     unknown: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    needs: list[str] = field(default_factory=list[str])
     problems: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
 
@@ -72,22 +74,22 @@ def sort_keys(
     where Rankwise wrote the file, so that what ``saved`` also means is known to be the base's. PEFT
     saves the embeddings of the base beside an adapted one: a tensor that is one of these, or equals
     the ``base``'s own, is left out; a bias becomes what was added to the base's; any other that
-    has no place is a problem.
+    has no place is a problem, or a need where the base or the model would tell.
     """
     spelled = named(tensors)
     keys = Keys(problems=list(spelled.problems), notes=[f"names: {c}" for c in spelled.changes])
     for name, tensor in spelled.tensors.items():
         found = _KEY.fullmatch(name)
         if found is not None and ".base_layer" in found["name"] + ".":
-            keys.problems.append(
+            keys.needs.append(
                 f"{shown(name)} is wrapped twice, as PEFT does with nn.MultiheadAttention and with "
-                f"experts, and only the model tells what it is; {NEEDS_BASE}."
+                "experts, and only the model tells what it is."
             )
         elif found is not None:
             _understood(keys, found, tensor)
         else:
             _other(keys, name, tensor, saved, told)
-    if not keys.sides:
+    if not keys.sides and not keys.needs:
         keys.problems.append("it holds no low-rank factors.")
     _settle(keys, base)
     return keys
@@ -128,8 +130,10 @@ def _settle(keys: Keys, base: Blueprint | None) -> None:
     wrapped = list(keys.copies.values())
     for path, tensor in keys.unknown.items():
         plain = path.replace(".base_layer.", ".")
-        known = base is not None and base.shapes.get(plain) == tuple(tensor.shape)
-        own = base.fetch(plain) if base is not None and known else None
+        there = None if base is None else tensor_key(plain, base.shapes)
+        own = None
+        if base is not None and there is not None and base.shapes[there] == tuple(tensor.shape):
+            own = base.fetch(there)
         if own is not None and plain.endswith(".bias"):
             keys.biases[plain] = change(own, tensor)
         elif any(_alike(tensor, other) for other in wrapped) or (
@@ -137,16 +141,34 @@ def _settle(keys: Keys, base: Blueprint | None) -> None:
         ):
             keys.copies[path] = tensor
         else:
-            ends = (why for end, why in _KNOWN_ENDS.items() if path.endswith("." + end))
-            unclear = "it trained as well, or it is a copy of the base, which --base would tell"
-            keys.problems.append(
-                f"{shown(path)} is no part of an update, and modules_to_save does not name it: "
-                f"{next(ends, unclear)}."
-            )
+            _unclear(keys, path, base)
     if keys.copies:
         keys.notes.append(
             f"left out: {len(keys.copies)} tensors of the base ({shown(next(iter(keys.copies)))}) "
             "that PEFT saves beside adapted embeddings and look-alike names"
+        )
+
+
+def _unclear(keys: Keys, path: str, base: Blueprint | None) -> None:
+    """Say what is known of a tensor without a place, and who could tell more."""
+    told = f"{shown(path)} is no part of an update, and modules_to_save does not name it: "
+    if path.endswith(_TOKENS):
+        keys.needs.append(
+            f"{shown(path)} are trained rows of an embedding, which are stored as values; only "
+            "the model tells what was added."
+        )
+    elif path.endswith(_UNSUPPORTED):
+        keys.problems.append(f"{told}it belongs to KaSA, which is not supported.")
+    elif base is not None or not path.endswith((".weight", ".bias")):
+        keys.problems.append(f"{told}it trained as well, or it is of another base.")
+    elif path.endswith(".bias"):
+        keys.needs.append(
+            f"{shown(path)} trained; biases are stored as values, and the base (--base) tells what "
+            "was added."
+        )
+    else:
+        keys.needs.append(
+            f"{told}it trained as well, or it is a copy of the base, which --base would tell."
         )
 
 

@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
+from torch import Tensor
+
 from rankwise.errors import ArtifactError, RankwiseError
 from rankwise.io.tensors import strict_json
 from rankwise.layers import Split
+from rankwise.lowrank import Factors, scaling
 
 __all__ = ["METADATA_KEY", "Notes", "Share"]
 
@@ -36,6 +39,23 @@ class Share:
     alpha: float
     rows: tuple[int, int]
     start: int = 0
+
+    def scale(self, rank_stabilized: bool) -> float:
+        """s of this rank and α."""
+        return scaling(self.r, self.alpha, rank_stabilized)
+
+    def factors(self, A: Tensor, B: Tensor, scale: float) -> Factors:
+        """The update of A and B in these rows of the file, with its start apart."""
+        if not self.start:
+            return Factors(A, B, scale)
+        r = self.r
+        return Factors(
+            A[..., :r, :].contiguous(),
+            B[..., :r].contiguous(),
+            scale,
+            A[..., r:, :].contiguous(),
+            -B[..., r:].contiguous(),
+        )
 
 
 @dataclass(frozen=True)

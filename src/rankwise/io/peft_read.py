@@ -167,16 +167,7 @@ def _unused_attention(reading: Reading, parts: _Parts) -> Iterator[str]:
 
 def _factors(name: str, parts: _Parts, scale: float, share: Share | None) -> Factors:
     A, B = parts.pairs[name]
-    if share is None or not share.start:
-        return Factors(A, B, scale)
-    r = share.r
-    return Factors(
-        A[..., :r, :].contiguous(),
-        B[..., :r].contiguous(),
-        scale,
-        A[..., r:, :].contiguous(),
-        -B[..., r:].contiguous(),
-    )
+    return Factors(A, B, scale) if share is None else share.factors(A, B, scale)
 
 
 def _method(reading: Reading, parts: _Parts) -> LoRA:

@@ -40,6 +40,7 @@ class Portable:
         adapter: the neutral value; ``rankwise.attach(model, portable.adapter)`` puts it on a base.
         embeddings: adapted names that are embeddings, as far as the file tells or the user said.
         kernels: the shapes of adapted convolutions, by adapted name.
+        fused: modules whose one update in the file holds those of several parts, below each other.
         transposed: whether the adapted weights are stored (in, out), PEFT's fan_in_fan_out.
         base: what the base is called.
         task_type: PEFT's word for the task.
@@ -51,6 +52,7 @@ class Portable:
     adapter: Adapter
     embeddings: frozenset[str] = frozenset()
     kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
+    fused: tuple[str, ...] = ()
     transposed: bool = False
     base: str | None = None
     task_type: str | None = None

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rankwise.errors import UserError
 from rankwise.io.blueprint import blueprint
 from rankwise.io.convert import Wishes, read_any, refuse_place
 from rankwise.io.holding import FORMATS, demand
 from rankwise.io.peft_alone import write_peft_alone
+from rankwise.io.peft_alone_keys import ON_MODEL
 from rankwise.io.portable import Portable
 from rankwise.methods.trimming import Prefix, Trimmed, trim
-from rankwise.spectrum import Promise
+from rankwise.spectrum import Energy, MaxError, Promise
 
 __all__ = ["TrimmedFolder", "trim_adapter"]
 
@@ -42,8 +46,8 @@ def trim_adapter(
 
     See :func:`rankwise.methods.trimming.trim`. Every update gets scale 1: lora_alpha is r, in
     rank_pattern and alpha_pattern alike, so that a reader that passes over the patterns still
-    computes with the right scale. ``out`` appears whole or not at all; an existing folder is
-    replaced when it is empty or holds an adapter and nothing else.
+    computes with the right scale; a prefix keeps its own. ``out`` appears whole or not at all; an
+    existing folder is replaced when it is empty or holds an adapter and nothing else.
 
     Raises:
         UserError: the promise cannot be kept, or PEFT's files cannot hold the adapter.
@@ -54,6 +58,7 @@ def trim_adapter(
     refuse_place(Path(out), Path(path))
     base = None if wishes.base is None else blueprint(wishes.base)
     before = read_any(path, wishes, base)
+    _refuse(before, promise)
     demand(before, FORMATS["peft"])
     made = trim(before.adapter, promise)
     kept = set(made.adapter.factors)
@@ -63,13 +68,28 @@ def trim_adapter(
         embeddings=before.embeddings & kept,
         kernels={n: k for n, k in before.kernels.items() if n in kept},
     )
-    written = write_peft_alone(after.noting(*_told(made, out)), out)
+    written = write_peft_alone(after.noting(*_told(made, promise, out)), out)
     return TrimmedFolder(before, made, written.notes)
 
 
-def _told(made: Trimmed, out: str | os.PathLike[str]) -> list[str]:
+def _refuse(before: Portable, promise: Promise | Prefix) -> None:
+    """What a file can hold and cannot be cut in by itself."""
+    remedy = f"Cut it {ON_MODEL}."
+    if before.adapter.method.tied:
+        raise UserError(
+            "The adapter holds one update of two tied layers, and only the model ties them. "
+            f"{remedy}"
+        )
+    if isinstance(promise, Prefix) and before.fused:
+        raise UserError(
+            f"The parts of '{before.fused[0]}' are one update in the file, so its first ranks are "
+            f"not the first of each part. {remedy}"
+        )
+
+
+def _told(made: Trimmed, promise: Promise | Prefix, out: str | os.PathLike[str]) -> list[str]:
     """What a user of the folder should know."""
-    notes: list[str] = []
+    notes = list(_rounded(made, promise))
     gone = [name for name, cut in made.cuts.items() if not cut.after]
     if gone:
         notes.append(
@@ -88,3 +108,18 @@ def _told(made: Trimmed, out: str | os.PathLike[str]) -> list[str]:
             f"that does not: rankwise convert {out} --to peft --for vllm --out FOLDER"
         )
     return notes
+
+
+def _rounded(made: Trimmed, promise: Promise | Prefix) -> Iterator[str]:
+    """Ranks are chosen by singular values in float64, and the factors are rounded after that."""
+    allowed = None
+    if isinstance(promise, MaxError):
+        allowed = promise.error
+    elif isinstance(promise, Energy):
+        allowed = math.sqrt(1 - promise.share)
+    if allowed is not None and made.error > allowed:
+        dtypes = {str(f.B.dtype).removeprefix("torch.") for f in made.adapter.factors.values()}
+        yield (
+            f"rounding: the ranks keep the promise, and rounded to {', '.join(sorted(dtypes))} the "
+            f"factors have an error of {made.error:.3g}, where {allowed:.3g} was asked for"
+        )

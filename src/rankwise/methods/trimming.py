@@ -14,7 +14,7 @@ from rankwise.methods.combining.sums import Gap, common_dtype, distance
 from rankwise.methods.restate import restated
 from rankwise.spectrum import Allocation, Layer, Promise, spectrum
 
-__all__ = ["Cut", "Prefix", "Trimmed", "cut_to", "layers_of", "trim"]
+__all__ = ["Cut", "Prefix", "Trimmed", "cut_to", "first_ranks", "layers_of", "trim"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Trimmed:
     """A cut adapter, and what that cost.
 
     Attributes:
-        adapter: the cut adapter; every update has scale 1, so α is its rank.
+        adapter: the cut adapter; every update has scale 1, so α is its rank. A prefix keeps the
+            scales and the starts.
         allocation: how its ranks were chosen.
         cuts: by adapted weight.
     """
@@ -60,10 +61,12 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first ``k`` ranks of every layer, as they were trained.
+    """The first ranks of every layer, as they were trained: ``k`` of the largest rank.
 
     For an adapter of nested training (``rankwise fit --train-nested``), whose first ranks were
-    trained to do without the others; in any other their order means nothing. The scale stays.
+    trained to do without the others; in any other their order means nothing. Layers of a smaller
+    rank keep the same share of theirs, see :func:`first_ranks`. The scale stays; of a start
+    (A0, B0) the same ranks are kept, so that what is left out adds nothing.
     """
 
     k: int
@@ -73,13 +76,22 @@ class Prefix:
             raise UserError(f"A prefix is a whole number of ranks of 1 or more, got {self.k!r}.")
 
 
+def first_ranks(r: int, k: int, largest: int) -> int:
+    """The first ranks of a layer of rank ``r`` that go with ``k`` of the largest: ⌈k/R · r⌉.
+
+    What nested training shows in a step, and what a :class:`Prefix` keeps.
+    """
+    return min(r, -(-k * r // largest))
+
+
 def trim(adapter: Adapter, promise: Promise | Prefix) -> Trimmed:
     """The smallest adapter that keeps a promise, its ranks chosen over all layers together.
 
-    Every update becomes its best approximation of the chosen rank (Eckart-Young), in float32 at
-    least, with scale 1. An update that is cut to rank 0 is left out of the adapter, which is what
-    δ = 0 means and what every reader of its file understands; one with a DoRA magnitude or a
-    trained bias keeps rank 1. Heads, biases, magnitudes and token rows stay as they are. A start
+    Every update becomes its best approximation of the chosen rank (Eckart-Young), with scale 1.
+    The promise is kept by the singular values in float64; the factors are then rounded, to float32
+    at least, and :attr:`Trimmed.error` is theirs. An update that is cut to rank 0 is left out of
+    the adapter, which is what δ = 0 means and what every reader of its file understands; one with a
+    DoRA magnitude or a trained bias keeps rank 1. Heads, biases, magnitudes and token rows stay as they are. A start
     (A0, B0) is part of its update.
 
     Raises:
@@ -106,7 +118,8 @@ def layers_of(adapter: Adapter) -> dict[str, Layer]:
 
 
 def _first(adapter: Adapter, k: int) -> Trimmed:
-    factors = {name: _prefix(f, k) for name, f in adapter.factors.items()}
+    largest = max((f.r for f in adapter.factors.values()), default=1)
+    factors = {n: _prefix(f, first_ranks(f.r, k, largest)) for n, f in adapter.factors.items()}
     cuts: dict[str, Cut] = {}
     for name, whole in adapter.factors.items():
         gap = _gap(whole, factors[name].pair())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.attaching import low_rank_updates
 from rankwise.layers import LowRank
+from rankwise.methods.trimming import first_ranks
 
 __all__ = ["Nested"]
 
@@ -21,9 +21,10 @@ class Nested:
 
     k = ⌊(r + 1)^u⌋ with u uniform on [0, 1), so that every doubling of the rank has an equal share
     of the steps; it follows from the seed and the step alone. Where layers have different ranks
-    each shows the same share of its own. s = α/r stays what it is, so that the first k rows of A
-    and columns of B are the update of rank k, as they stand (after Valipour et al. 2022, arXiv
-    2210.07558, who draw k uniformly; docs/math.md (28)).
+    each shows the same share of its own (:func:`rankwise.methods.trimming.first_ranks`). s = α/r
+    stays what it is, so that the first k rows of A and columns of B are the update of rank k, as
+    they stand (after Valipour et al. 2022, arXiv 2210.07558, who draw k uniformly; docs/math.md
+    (28)).
 
     A rank that is not shown is put at its start, where it adds nothing: B at zero, or with a start
     A at A0 and B at B0. Its gradient is dropped, and its numbers are put back.
@@ -46,7 +47,7 @@ class Nested:
     @contextlib.contextmanager
     def first(self, k: int) -> Generator[None]:
         """The model with its first k ranks; gradients of the others are zero afterwards."""
-        hidden = [part for update in self.updates for part in _hidden(update, k / self.r)]
+        hidden = [part for update in self.updates for part in _hidden(update, k, self.r)]
         kept = [part.of(part.factor.detach()).clone() for part in hidden]
         try:
             for part in hidden:
@@ -75,14 +76,14 @@ class _Part:
         return tensor.narrow(self.axis, self.first, self.count)
 
 
-def _hidden(update: LowRank, share: float) -> Iterator[_Part]:
-    """The ranks of an update behind its share.
+def _hidden(update: LowRank, k: int, largest: int) -> Iterator[_Part]:
+    """The ranks of an update behind those that go with ``k`` of the largest.
 
     With B at zero A has no gradient either, so without a start B alone has to be hidden.
     """
     r = update.spec.r
-    k = max(1, math.ceil(share * r - 1e-9))
-    if k < r:
-        yield _Part(update.lora_B, update.start_B, -1, k, r - k)
+    first = first_ranks(r, k, largest)
+    if first < r:
+        yield _Part(update.lora_B, update.start_B, -1, first, r - first)
         if update.start_A is not None:
-            yield _Part(update.lora_A, update.start_A, -2, k, r - k)
+            yield _Part(update.lora_A, update.start_A, -2, first, r - first)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from rankwise.errors import ArtifactError, UserError, gather
 from rankwise.io.blueprint import Blueprint
+from rankwise.io.weights import tensor_key
 from rankwise.layers import is_conv1d
 from rankwise.spectrum import frobenius, subtract
 from rankwise.targets import find_head, shared_weights
 
-__all__ = ["Pair", "Sorted", "changed", "end_of", "sort_tensors"]
+__all__ = ["Pair", "Sorted", "changed", "sort_tensors"]
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ def sort_tensors(model: nn.Module, base: Blueprint, tuned: Blueprint) -> Sorted:
     whole: dict[str, str] = {}
     problems: list[str] = []
     loose: list[str] = []
-    keys = {n: key for n in model.state_dict() if (key := end_of(n, tuned.shapes)) is not None}
+    keys = {n: key for n in model.state_dict() if (key := tensor_key(n, tuned.shapes)) is not None}
     others = _others(model, keys, tuned)
     renamed = tuple(key for key in others if not _unchanged(key, base, tuned))
     untouched = len(others) - len(renamed)
     for name, after in keys.items():
         owner, _, leaf = name.rpartition(".")
-        before = end_of(name, base.shapes)
+        before = tensor_key(name, base.shapes)
         if before is None or (base.shapes[before] != tuned.shapes[after] and head.holds(owner)):
             _save_whole(owner, "not in the base", whole, loose, name)
         elif base.shapes[before] != tuned.shapes[after]:
@@ -129,19 +130,6 @@ def changed(pair: Pair, base: Blueprint, tuned: Blueprint) -> tuple[Tensor, Tens
     return (first.mT, delta.mT) if pair.transposed and delta.ndim == 2 else (first, delta)
 
 
-def end_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The name of a tensor in a file: its own, or its longest end of two parts or more that is
-    there, or the only one there that has more in front.
-    """
-    words = name.split(".")
-    for first in range(max(1, len(words) - 2)):
-        key = ".".join(words[first:])
-        if key in shapes:
-            return key
-    longer = [key for key in shapes if key.endswith(f".{name}")]
-    return longer[0] if len(longer) == 1 else None
-
-
 def _save_whole(owner: str, why: str, whole: dict[str, str], loose: list[str], name: str) -> None:
     if owner:
         whole.setdefault(owner, why)
@@ -157,7 +145,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 def _unchanged(key: str, base: Blueprint, tuned: Blueprint) -> bool:
     """Whether a tensor of the tuned checkpoint is the same in the base."""
-    before = end_of(key, base.shapes)
+    before = tensor_key(key, base.shapes)
     if before is None or base.shapes[before] != tuned.shapes[key]:
         return False
     return _same(base.fetch(before), tuned.fetch(key))
@@ -169,7 +157,7 @@ def _tensors(model: nn.Module, name: str, tuned: Blueprint) -> dict[str, str]:
     found: dict[str, str] = {}
     for key in model.get_submodule(name).state_dict():
         full = f"{name}.{key}"
-        places = (end_of(n, tuned.shapes) for n in (full, *partners.get(full, ())))
+        places = (tensor_key(n, tuned.shapes) for n in (full, *partners.get(full, ())))
         place = next((p for p in places if p is not None), None)
         if place is None:
             raise ArtifactError(f"{tuned.where} has no tensor '{full}'.")

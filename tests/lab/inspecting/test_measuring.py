@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from foreign import peft_folder
+from foreign import load, peft_folder
 from rankwise.errors import ArtifactError, UserError
 from rankwise.io.blueprint import blueprint
 from rankwise.io.convert import Wishes, convert
@@ -21,6 +24,7 @@ from rankwise.io.weights import base_weight
 from rankwise.lab.inspecting import inspect_adapter
 from rankwise.lowrank import Factors
 from rankwise.methods.adapter import Tokens
+from rankwise.train.run import fit
 
 
 def test_a_run_is_measured_beside_the_base_that_it_knows(finished: Callable[[str], Path]) -> None:
@@ -55,6 +59,64 @@ def test_every_format_gives_the_same_numbers(to: str, llama: Path, tmp_path: Pat
     ]
     for a, b in zip(first.layers, second.layers, strict=True):
         assert b.spectrum.values == pytest.approx(a.spectrum.values, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_run_with_an_adapted_tied_output_is_inspected(
+    kind: str,
+    request: pytest.FixtureRequest,
+    options: Callable[..., Any],
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    base: Path = request.getfixturevalue(kind)
+    text = {"data": str(rows / "train.txt"), "eval": str(rows / "dev.txt"), "max_steps": 1}
+    made = options(tmp_path / "run", model=str(base), target_modules=["lm_head"], **text)
+    layers = {layer.name: layer for layer in inspect_adapter(fit(made).folder).layers}
+    norm = load(base).get_output_embeddings().weight.norm().item()
+    assert layers["lm_head"].base_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_weight_that_the_runs_base_lacks_is_left_out_and_told(
+    finished: Callable[[str], Path], llama: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished("single"), tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest["config"]["model"] = str(llama)
+    (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    found = inspect_adapter(run)
+    assert {layer.base_norm for layer in found.layers} == {None}
+    assert any("no ‖W0‖ and no amplification of 4 layers" in note for note in found.notes)
+    with pytest.raises(UserError, match="There is no weight of"):
+        inspect_adapter(run, wishes=Wishes(base=llama))
+
+
+def test_a_base_in_the_cache_of_the_hub_is_the_runs_own(
+    finished: Callable[[str], Path],
+    bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = shutil.copytree(finished("single"), tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest["config"]["model"] = "someone/small"
+    (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    bare = inspect_adapter(run)
+    assert bare.base is None
+    assert any(
+        "'someone/small', is not on this machine; name it by --base" in n for n in bare.notes
+    )
+    home = cache / "models--someone--small"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    shutil.copytree(bert, home / "snapshots" / "abc")
+    found = inspect_adapter(run)
+    own = inspect_adapter(finished("single"))
+    assert found.base == "someone/small"
+    assert [a.base_norm for a in found.layers] == [b.base_norm for b in own.layers]
+    assert None not in {layer.base_norm for layer in found.layers}
 
 
 def adapter(folder: Path, r: int, seed: int, **more: torch.Tensor) -> Path:

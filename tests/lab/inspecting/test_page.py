@@ -11,6 +11,7 @@ import pytest
 
 from rankwise.lab.inspecting import Inspection, LayerEvidence, summary, write_inspection
 from rankwise.lab.inspecting.figures import overlap_map, shade, short_names, value_map
+from rankwise.lab.inspecting.page import layer_rows
 from rankwise.lab.inspecting.records import Overlap
 from rankwise.spectrum import Gap, Spectrum
 
@@ -74,6 +75,17 @@ def test_the_sentences_say_what_the_numbers_are(found: Inspection) -> None:
     assert "2 to 4 times as strong as W0" in told
     assert "2 of the layers have no update" in told
     assert found.layers[0].spectrum.gap == Gap(2, 300.0)
+
+
+def test_a_fall_to_zero_is_told_as_one(tmp_path: Path) -> None:
+    """Not as the number that stands for it, which is that of the rounding."""
+    exact = Inspection("exact", (layer("q", 4.0, 3.0, 0.0, 0.0), layer("v", 2.0, 0.0)))
+    told = " ".join(summary(exact))
+    assert "fall most behind k = 1 to 2, to zero." in told
+    gaps = [row[8] for row in layer_rows(exact)]
+    assert gaps == ["2 (to zero)", "1 (to zero)"]
+    mixed = Inspection("mixed", (layer("q", 4.0, 3.0, 0.0), layer("v", 2.0, 1.5, 0.001)))
+    assert "by a factor of" in " ".join(summary(mixed))
 
 
 def test_an_untrained_adapter_has_a_page_without_a_map(tmp_path: Path) -> None:

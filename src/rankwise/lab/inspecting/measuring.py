@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from rankwise.errors import UserError, gather
 from rankwise.io.blueprint import Blueprint, blueprint
 from rankwise.io.convert import Wishes, read_any
 from rankwise.io.portable import Portable
 from rankwise.io.weights import base_weight
+from rankwise.lab import words
 from rankwise.lab.inspecting.records import Inspection, LayerEvidence, Overlap
 from rankwise.methods.adapter import Adapter
 from rankwise.spectrum import (
@@ -22,8 +25,7 @@ from rankwise.spectrum import (
     similarity,
     spectrum,
 )
-from rankwise.train.manifest import NAME, read_manifest
-from rankwise.train.snapshot import local_folder
+from rankwise.train.snapshot import base_of_run, local_folder
 
 __all__ = ["evidence", "inspect_adapter"]
 
@@ -36,9 +38,9 @@ def inspect_adapter(
 ) -> Inspection:
     """Read an adapter in any format that Rankwise reads, or a run's, and measure every update.
 
-    With the base (``wishes.base``; a run's own when it lies on this machine) also ‖W0‖ and the
-    amplification; W0 is read one weight at a time. With ``other``, an adapter of the same base,
-    also how alike their directions are.
+    With the base (``wishes.base``; a run's own when it lies on this machine, in a folder or in the
+    cache of the hub) also ‖W0‖ and the amplification; W0 is read one weight at a time. With
+    ``other``, an adapter of the same base, also how alike their directions are.
 
     Raises:
         UserError: there is no adapter, or the base or the other adapter is of another model.
@@ -46,26 +48,35 @@ def inspect_adapter(
         EnvironmentFault: a package is missing, or a file cannot be read.
     """
     wishes = wishes or Wishes()
-    named = str(wishes.base) if wishes.base is not None else _base_of_run(Path(path))
-    base = None if named is None else blueprint(local_folder(named))
+    named, place, given = _base(path, wishes)
+    base = None if place is None else blueprint(place)
     portable = read_any(path, wishes, base)
     beside = None if other is None else read_any(other, wishes, base)
     if beside is not None:
         _refuse_strangers(portable, beside, str(other))
-    notes = (*portable.notes, *uncovered(portable.adapter))
+    layers = tuple(evidence(portable, base, beside, strict=given))
+    notes = (*portable.notes, *uncovered(portable.adapter), *_unseen(named, base, layers))
     return Inspection(
         adapter=str(path),
-        layers=tuple(evidence(portable, base, beside)),
-        base=named,
+        layers=layers,
+        base=None if base is None else named,
         other=None if other is None else str(other),
         notes=notes,
     )
 
 
 def evidence(
-    portable: Portable, base: Blueprint | None = None, other: Portable | None = None
+    portable: Portable,
+    base: Blueprint | None = None,
+    other: Portable | None = None,
+    *,
+    strict: bool = True,
 ) -> Iterator[LayerEvidence]:
-    """What the update of each layer is, in the adapter's order; see :func:`inspect_adapter`."""
+    """What the update of each layer is, in the adapter's order; see :func:`inspect_adapter`.
+
+    Raises:
+        UserError: the base has no weight of a layer, unless not ``strict``.
+    """
     for name, factors in portable.factors.items():
         found = LayerEvidence(
             name=name,
@@ -77,8 +88,8 @@ def evidence(
             spectrum=spectrum(factors),
         )
         where = directions(factors)
-        if base is not None:
-            weight = base_weight(portable, name, base)
+        weight = None if base is None else _weight(portable, name, base, strict)
+        if weight is not None:
             norm = float(weight.double().norm())
             found = replace(found, base_norm=norm, amplification=amplification(where, weight))
         if other is not None and name in other.factors:
@@ -102,12 +113,38 @@ def uncovered(adapter: Adapter) -> Iterator[str]:
         yield f"not covered: modules that trained whole ({', '.join(adapter.modules)})."
 
 
-def _base_of_run(path: Path) -> str | None:
-    """The base that a run was trained on, where its folder is still there."""
-    if not (path / NAME).is_file():
+def _base(path: str | os.PathLike[str], wishes: Wishes) -> tuple[str | None, Path | None, bool]:
+    """What the base is called, where it lies, and whether it was given or is the run's own."""
+    if wishes.base is not None:
+        return str(wishes.base), local_folder(str(wishes.base)), True
+    own = base_of_run(path)
+    return (None, None, False) if own is None else (*own, False)
+
+
+def _weight(portable: Portable, name: str, base: Blueprint, strict: bool) -> Tensor | None:
+    try:
+        return base_weight(portable, name, base)
+    except UserError:
+        if strict:
+            raise
         return None
-    source = str(read_manifest(path)["config"]["model"])
-    return source if Path(source).is_dir() else None
+
+
+def _unseen(
+    named: str | None, base: Blueprint | None, layers: Sequence[LayerEvidence]
+) -> Iterator[str]:
+    """Why ‖W0‖ is not told, of the whole adapter or of some layers."""
+    if named is not None and base is None:
+        yield (
+            f"no ‖W0‖ and no amplification: the base of the run, '{named}', is not on this "
+            "machine; name it by --base."
+        )
+    lacking = [layer.name for layer in layers if layer.base_norm is None]
+    if base is not None and lacking:
+        yield (
+            f"no ‖W0‖ and no amplification of {words.count(len(lacking), 'layer')} "
+            f"('{lacking[0]}'): {base.where} has no weight of that name."
+        )
 
 
 def _refuse_strangers(portable: Portable, other: Portable, name: str) -> None:

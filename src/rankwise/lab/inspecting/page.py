@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from rankwise.lab.inspecting.figures import overlap_map, value_map
 from rankwise.lab.inspecting.records import SHARES, Inspection
 from rankwise.lab.page import fill
 from rankwise.lab.report import Section
+from rankwise.spectrum import Spectrum
 
 __all__ = ["COLUMNS", "RECORDS", "REPORT", "layer_rows", "summary", "write_inspection"]
 
@@ -67,7 +67,7 @@ def layer_rows(found: Inspection) -> Iterator[tuple[Cell, ...]]:
         s = layer.spectrum
         row: list[Cell] = [layer.name, layer.r, s.norm, s.stable_rank, s.entropy_rank]
         row.extend(s.holding(share) for share in SHARES)
-        row.append(None if s.gap is None else f"{s.gap.k} (×{s.gap.ratio:.3g})")
+        row.append(None if s.gap is None else f"{s.gap.k} ({_fall(s)})")
         if found.base is not None:
             row.extend((layer.relative, layer.amplification))
         if found.other is not None:
@@ -118,9 +118,15 @@ def _ranks(found: Inspection) -> Iterator[str]:
     gaps = [s.gap.k for s in live if s.gap is not None]
     if gaps:
         ratio = median(s.gap.ratio for s in live if s.gap is not None)
-        ends = f"k = {words.spread(gaps)}"
-        how = f"by a factor of {ratio:.3g} in the median" if math.isfinite(ratio) else "to zero"
-        yield f"The singular values fall most behind {ends}, {how}."
+        to_zero = all(s.gap.k == s.rank for s in live if s.gap is not None)
+        how = "to zero" if to_zero else f"by a factor of {ratio:.3g} in the median"
+        yield f"The singular values fall most behind k = {words.spread(gaps)}, {how}."
+
+
+def _fall(found: Spectrum) -> str:
+    """How far the singular values fall behind the gap: the zero behind the last is no number."""
+    assert found.gap is not None
+    return "to zero" if found.gap.k == found.rank else f"×{found.gap.ratio:.3g}"
 
 
 def _base(found: Inspection) -> Iterator[str]:

@@ -47,7 +47,7 @@ class LayerEvidence:
         scale: s.
         parameters: in A and B.
         spectrum: singular values of δ.
-        base_norm: ‖W0‖_F; None without the base, as the next.
+        base_norm: ‖W0‖_F; None without the base or where it has no such weight, as the next.
         amplification: ‖δ‖_F / ‖Uᵀ W0 V‖_F; also None for a zero update.
         overlap: with another adapter; None without one, and where either is zero there.
     """
