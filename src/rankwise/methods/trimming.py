@@ -91,8 +91,8 @@ def trim(adapter: Adapter, promise: Promise | Prefix) -> Trimmed:
     The promise is kept by the singular values in float64; the factors are then rounded, to float32
     at least, and :attr:`Trimmed.error` is theirs. An update that is cut to rank 0 is left out of
     the adapter, which is what δ = 0 means and what every reader of its file understands; one with a
-    DoRA magnitude or a trained bias keeps rank 1. Heads, biases, magnitudes and token rows stay as they are. A start
-    (A0, B0) is part of its update.
+    DoRA magnitude or a trained bias keeps rank 1. Heads, biases, magnitudes and token rows stay as
+    they are. A start (A0, B0) is part of its update.
 
     Raises:
         UserError: the promise cannot be kept, or the adapter is not finite or was never trained.
