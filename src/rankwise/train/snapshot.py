@@ -57,7 +57,7 @@ def base_of_run(run: str | os.PathLike[str]) -> tuple[str, Path | None] | None:
     """
     if not (Path(run) / NAME).is_file():
         return None
-    config = read_manifest(run)["config"]
+    config = read_manifest(Path(run))["config"]
     source, revision = str(config["model"]), config.get("revision")
     if is_local(source):
         return source, Path(source) if Path(source).is_dir() else None
