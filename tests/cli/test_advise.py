@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def left(*words: str | Path) -> int:
 
 
 @pytest.mark.slow
-def test_the_advised_config_trains_with_the_advised_ranks(
+def test_the_config_of_an_advice_trains_with_its_ranks(
     bert: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "advice"
@@ -27,9 +28,12 @@ def test_the_advised_config_trains_with_the_advised_ranks(
     assert f"next: rankwise fit --config {out / 'config.yaml'}" in printed
     assert (out / "config.yaml").read_text(encoding="utf-8") in printed
     assert left("fit", "--config", out / "config.yaml") == 0
-    advised = [line for line in printed.splitlines() if line.startswith("Advised: ")]
-    counted = int(advised[0].split(", ")[1].removesuffix(" parameters").replace(",", ""))
-    assert read_manifest(out / "advised")["counts"]["adapter"] == counted
+    record = json.loads((out / "advice.json").read_text(encoding="utf-8"))
+    chosen = record["chosen"]  # nothing where ten rows tell no gain: then the probe's own rank
+    assert ("Advised: " in printed) == (chosen is not None)
+    assert ("No rank is advised" in printed) == (not record["gained"])
+    wanted = record["probe_parameters"] if chosen is None else chosen["parameters"]
+    assert read_manifest(out / "advised")["counts"]["adapter"] == wanted
 
 
 def test_the_folder_and_the_rank_are_checked(
