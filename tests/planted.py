@@ -23,11 +23,11 @@ def planted(k: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
     return x, x @ delta.T + noise * torch.randn(ROWS, OUT, generator=draw)
 
 
-def learned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """A (E, R, IN) and B (E, OUT, R) trained by Adam from LoRA's start, for E tasks at once."""
+def learned(x: Tensor, y: Tensor, r: int = R) -> tuple[Tensor, Tensor]:
+    """A (E, r, IN) and B (E, OUT, r) trained by Adam from LoRA's start, for E tasks at once."""
     draw = torch.Generator().manual_seed(0)
-    A = torch.nn.Parameter(torch.randn(len(x), R, IN, generator=draw) / IN**0.5)
-    B = torch.nn.Parameter(torch.zeros(len(x), OUT, R))
+    A = torch.nn.Parameter(torch.randn(len(x), r, IN, generator=draw) / IN**0.5)
+    B = torch.nn.Parameter(torch.zeros(len(x), OUT, r))
     optimizer = torch.optim.Adam([A, B], lr=0.06)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     xx, yx = x.mT @ x / ROWS, y.mT @ x / ROWS

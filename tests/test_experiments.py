@@ -123,7 +123,7 @@ def test_the_evaluation_rows_advise_nothing(made):
     folder, _ = made
     pinned = read(folder / "results" / "compare.json")
     for out in (folder / "ranks").glob("advice-*"):
-        probe, again = (read(out / n / "manifest.json") for n in ("probe", "advised"))
+        probe, again = (read(out / n / "manifest.json") for n in ("probe-r8", "advised"))
         assert probe["config"]["eval"] is None
         assert probe["data"]["eval"]["rows"] == read(out / "advice.json")["rows"] == round(48 * 0.2)
         assert again["data"]["train"]["fingerprint"] == pinned["parts"]["train"]["fingerprint"]
@@ -137,7 +137,7 @@ def test_nothing_is_done_twice_and_a_clone_needs_no_weights(made, tmp_path):
     before = stamps(folder)
     assert tables_of(folder) == text
     assert stamps(folder) == before
-    left_out = shutil.ignore_patterns("adapter", "data", "trials", "*.lock")
+    left_out = shutil.ignore_patterns("adapter", "data", "trials-*", "*.lock")
     clone = shutil.copytree(folder, tmp_path / "clone", ignore=left_out)
     assert tables_of(clone) == text
 
@@ -158,7 +158,7 @@ def test_what_was_stopped_goes_on_with_rows_that_have_moved(made, rows, tmp_path
     moved = {"data": tmp_path / "t.tsv", "eval": tmp_path / "e.tsv"}
     for name, path in zip(("train.tsv", "dev.tsv"), moved.values(), strict=True):
         shutil.copy(rows / name, path)
-    gone = folder / "ranks" / "cuts" / "advice-r4-seed1.json"
+    gone = folder / "ranks" / "cuts" / "advice-seed1.json"
     gone.unlink()
     shutil.rmtree(folder / "ranks" / "nested-r4-seed0")
     for cut in (folder / "ranks" / "cuts").glob("nested-r4-seed0*"):
@@ -169,8 +169,8 @@ def test_what_was_stopped_goes_on_with_rows_that_have_moved(made, rows, tmp_path
     after = stamps(folder)
     assert gone.exists()
     assert {name for name in before if after[name] != before[name]} <= {
-        "ranks/cuts/advice-r4-seed1.safetensors",
-        *(name for name in before if re.match(r"ranks/advice-r4-seed1/(adapter|advice)", name)),
+        "ranks/cuts/advice-seed1.safetensors",
+        *(name for name in before if re.match(r"ranks/advice-seed1/(adapter|advice)", name)),
     }
 
 

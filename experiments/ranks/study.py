@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rankwise.errors import UserError
 from rankwise.io import files
-from rankwise.lab.advising import CONFIG, Advise, advise
+from rankwise.lab.advising import CONFIG, Advise, advise, without_rank
 from rankwise.lab.compare.evidence import outcomes_of
 from rankwise.lab.compare.folder import Pinned, begin, find_rows, read_pinned
 from rankwise.lab.compare.rows import rows_file
@@ -114,17 +115,19 @@ def advised(study: Study, seed: int, reporter: Reporter) -> tuple[RunRecord, Run
     The probe learns from a part of the training rows and its cuts are judged on the rest, so that
     the evaluation rows choose nothing. The run it advises learns from all of them.
     """
-    config = study.largest[seed]
-    out = study.out / f"advice-r{config.r}-seed{seed}"
+    out = study.out / f"advice-seed{seed}"
     place = study.out / "cuts" / out.name
     if not _measured(place):
         find_rows(study.pinned)
-        options = config.model_dump(mode="json", exclude_unset=True)
-        chosen = advise(Advise({**options, "out": str(out)}), reporter).chosen
-        _measure(study, out / "probe", {place: _to(chosen and chosen.ranks)}, reporter)
-        _tidy(out / "probe")
+        options = study.largest[seed].model_dump(mode="json", exclude_unset=True)
+        advice = advise(Advise(without_rank({**options, "out": str(out)})), reporter)
+        probe, chosen = out / f"probe-r{advice.probe_r}", advice.chosen
+        _measure(study, probe, {place: _to(chosen and chosen.ranks)}, reporter)
+        for folder in out.glob("probe-r*"):
+            _tidy(folder)
     again = make_config(read_config(str(out / CONFIG)), f"The options in '{out / CONFIG}'")
-    return _read_cut(study, out / "probe", place), read_run(_train(study, again, reporter))
+    probe = study.out / _read(place)["run"]
+    return _read_cut(study, probe, place), read_run(_train(study, again, reporter))
 
 
 def _first(k: int) -> Callable[[Adapter], Adapter]:
@@ -158,6 +161,10 @@ def _measured(place: Path) -> bool:
     return place.with_suffix(".json").exists()
 
 
+def _read(place: Path) -> dict[str, Any]:
+    return json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+
+
 def _measure(study: Study, run: Path, cuts: Cuts, reporter: Reporter) -> None:
     """Let what is cut from a run answer the evaluation rows, and keep the answers."""
     find_rows(study.pinned)
@@ -180,7 +187,7 @@ def _measure(study: Study, run: Path, cuts: Cuts, reporter: Reporter) -> None:
 
 def _read_cut(study: Study, run: Path, place: Path) -> RunRecord:
     """The record of a run with its cut in the place of its adapter."""
-    whole, cut = read_run(run), json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+    whole, cut = read_run(run), _read(place)
     evaluation = study.pinned.parts["eval"].fingerprint
     less = whole.counts.adapter - cut["parameters"]
     return replace(

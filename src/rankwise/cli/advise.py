@@ -1,4 +1,4 @@
-"""`rankwise advise`: which rank a task needs, by one probe and what can be cut from it."""
+"""`rankwise advise`: which rank a task needs, by a probe and what can be cut from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _LORA = (
 def command(
     *,
     r: Annotated[
-        int | None, typer.Option(min=2, help="Rank of the probe; 32 when not given.")
+        int | None,
+        typer.Option(
+            min=2, help="Rank of the probe; when not given 8, and twice that while more is needed."
+        ),
     ] = None,
     config: Annotated[
         str | None,
@@ -31,21 +34,22 @@ def command(
 ) -> None:
     """Find the smallest rank that is as good as a generous one, and a config for it.
 
-    A probe of a generous rank is trained on a part of the training rows. Its singular values say
-    what can be cut; the cuts are tried on the rest of the training rows, once with one rank for all
-    layers and once with ranks chosen layer by layer. The smallest that is as good as the probe, by
-    a paired bootstrap over the rows, is advised. Rows of --eval choose nothing.
+    A probe is trained on a part of the training rows. Its singular values say what can be cut; the
+    cuts are tried on the rest of the training rows, once with one rank for all layers and once with
+    ranks chosen layer by layer. The smallest that is as good as the probe, by a paired bootstrap
+    over the rows, is advised. Where half of the probe's ranks are not enough, one of twice its rank
+    is trained, and takes its place if it is better. Rows of --eval choose nothing.
 
     Example: rankwise advise --model bert-base-uncased --data train.tsv --out runs/advice
     """
     from rankwise.errors import UserError
-    from rankwise.lab.advising import CONFIG, REPORT, TRIMMED, Advise, advise, summary
+    from rankwise.lab.advising import CONFIG, REPORT, TRIMMED, Advise, advise, summary, without_rank
     from rankwise.train.config import read_config
 
     values = {} if config is None else read_config(config)
+    if r is None:
+        values = without_rank(values)  # the rank of the file is what is looked for
     values |= given(options) | ({} if r is None else {"r": r})
-    if config is not None and r is None:
-        values.pop("r", None)  # the rank of the file is what is looked for
     if "out" not in values:
         raise UserError("Name the folder of the advice: --out FOLDER")
     wanted = Advise(values)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from planted import RANKS, SEEDS, R, learned, planted
+from planted import OUT, RANKS, SEEDS, R, learned, planted
 from rankwise.lab.advising import bootstrap
-from rankwise.lab.advising.choosing import Judge, search
+from rankwise.lab.advising.choosing import Judge, Probe, grown, search
 from rankwise.lab.advising.records import EVERY_LAYER, PER_LAYER, Trial, smallest
 from rankwise.lowrank import Factors
 from rankwise.spectrum import Layer, Spectrum, Top, spectrum
@@ -30,9 +31,10 @@ def quality(losses: Tensor) -> Quality:
 class Task:
     """Layers side by side: what is left of each one's target, added up, is the loss of a row."""
 
-    def __init__(self, parts: list[tuple[Tensor, Tensor, Factors]]) -> None:
+    def __init__(self, parts: list[tuple[Tensor, Tensor, Factors]], r: int = R) -> None:
+        self.r = r
         self.parts = {f"layer.{i}": part for i, part in enumerate(parts)}
-        self.whole = {name: f.truncate(R) for name, (_, _, f) in self.parts.items()}
+        self.whole = {name: f.truncate(min(r, OUT)) for name, (_, _, f) in self.parts.items()}
         self.layers = {
             name: Layer(spectrum(f), f.count() // f.r) for name, (_, _, f) in self.parts.items()
         }
@@ -44,23 +46,29 @@ class Task:
             total = total + (y - x @ A.T @ B.T).square().sum(dim=1)
         return quality(total)
 
-    def trials(self, kinds: Iterable[str] = (EVERY_LAYER, PER_LAYER)) -> list[Trial]:
-        whole = self.tried(dict.fromkeys(self.parts, R))
+    def probe(self) -> Probe:
+        whole = self.tried(dict.fromkeys(self.parts, self.r))
         judge = Judge("loss", whole, self.tried(dict.fromkeys(self.parts, 0)))
-        assert judge.gained
+        return Probe(self.r, self.layers, judge)
+
+    def trials(self, kinds: Iterable[str] = (EVERY_LAYER, PER_LAYER)) -> list[Trial]:
+        probe = self.probe()
+        assert probe.judge.gained
         found: list[Trial] = []
-        for trial in search(self.layers, R, judge, self.tried):
+        for trial in search(self.layers, self.r, probe.judge, self.tried):
             if trial.kind not in kinds:
                 break
             found.append(trial)
         return found
 
 
-def tasks(ranks: list[tuple[int, int]], noise: float) -> list[tuple[Tensor, Tensor, Factors]]:
+def tasks(
+    ranks: list[tuple[int, int]], noise: float, r: int = R
+) -> list[tuple[Tensor, Tensor, Factors]]:
     """For each rank and seed: rows that nothing was trained on, and what gradients learned."""
     made = [planted(k, seed, noise) for k, seed in ranks]
     own = [(x[ROWS:], y[ROWS:]) for x, y in made]
-    A, B = learned(*(torch.stack(parts) for parts in zip(*own, strict=True)))
+    A, B = learned(*(torch.stack(parts) for parts in zip(*own, strict=True)), r=r)
     return [
         (x[:ROWS], y[:ROWS], Factors(a, b, 1.0)) for (x, y), a, b in zip(made, A, B, strict=True)
     ]
@@ -93,6 +101,35 @@ def test_layers_of_different_rank_get_each_its_own(seed: int) -> None:
     assert same.size == 7
     assert list(own.ranks.values()) == planted_ranks
     assert own.parameters < same.parameters
+
+
+@pytest.mark.parametrize(
+    ("k", "opened", "stays"),
+    [(3, [8], 8), (4, [8], 8), (6, [8, 16], 8), (8, [8, 16], 8), (12, [8, 16, 32], 16)],
+)
+def test_a_probe_grows_until_it_has_ranks_to_spare(k: int, opened: list[int], stays: int) -> None:
+    made: dict[int, Task] = {}
+
+    def of(r: int) -> Probe:
+        made[r] = Task(tasks([(k, 0)], 0.1, r), r)
+        return made[r].probe()
+
+    found = grown([8, 16, 32, 64], of, lambda probe: tuple(made[probe.r].trials()))
+    assert list(made) == opened
+    assert found.probe.r == stays
+    assert [(s.r, s.larger) for s in found.steps] == list(pairwise(opened))
+    assert [s.enough for s in found.steps] == [s.r == stays for s in found.steps]
+    same = smallest([t for t in found.trials if t.kind == EVERY_LAYER])
+    assert same is not None
+    assert same.size == k
+
+
+def test_a_probe_that_gains_nothing_does_not_grow() -> None:
+    task = Task(tasks([(3, 0)], 0.1))
+    same = task.tried({"layer.0": 0})
+    nothing = Probe(R, task.layers, Judge("loss", same, same))
+    found = grown([R, 2 * R], {R: nothing}.__getitem__, lambda _: ())
+    assert (found.probe, found.trials, found.steps) == (nothing, (), ())
 
 
 def test_a_loss_that_is_sure_but_tiny_counts_as_none() -> None:
@@ -149,7 +186,19 @@ def test_a_loss_that_comes_back_is_not_hidden_by_a_score() -> None:
 
 def test_a_small_cut_is_not_believed_where_a_larger_one_fails() -> None:
     def trial(size: int, enough: bool) -> Trial:
-        return Trial(EVERY_LAYER, size, {"a": size}, 10 * size, 0, 0, 0, 0, 0, 0, enough)
+        return Trial(
+            kind=EVERY_LAYER,
+            size=size,
+            ranks={"a": size},
+            parameters=10 * size,
+            error=0,
+            score=0,
+            lost=0,
+            low=0,
+            high=0,
+            loss_back=0,
+            enough=enough,
+        )
 
     found = smallest([trial(1, True), trial(2, False), trial(4, True), trial(8, True)])
     assert found is not None

@@ -16,13 +16,10 @@ import yaml
 from rankwise.errors import UserError
 from rankwise.io.peft_alone import read_peft_alone
 from rankwise.lab.advising import CONFIG, RECORDS, REPORT, TRIMMED, Advice, Advise, advise, summary
-from rankwise.lab.advising.options import PROBE_R
-from rankwise.lab.advising.running import _write, silenced
-from rankwise.methods.adapter import adapter_of
+from rankwise.lab.advising.options import without_rank
+from rankwise.lab.advising.running import _Desk, _write, silenced
 from rankwise.train.config import make_config, read_config
 from rankwise.train.reporter import Silent
-from rankwise.train.restore import restore
-from rankwise.train.trying import bench_of_tuning
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +61,11 @@ def test_the_folder_has_the_probe_the_trials_and_the_advice(made: Advice) -> Non
     page = (out / REPORT).read_text(encoding="utf-8")
     assert "Quality against size" in page
     assert "http://" not in page
-    assert len(list((out / "trials").glob("*.json"))) >= len({str(t.ranks) for t in made.trials})
+    assert len(list((out / "trials-r4").glob("*.json"))) >= len({str(t.ranks) for t in made.trials})
 
 
 def test_the_evaluation_rows_chose_nothing(made: Advice) -> None:
-    probe = yaml.safe_load((Path(made.out) / "probe" / "config.yaml").read_text())
+    probe = yaml.safe_load((Path(made.out) / "probe-r4" / "config.yaml").read_text())
     assert probe["eval"] is None
     assert probe["select"] == "last"
     assert made.rows == round(48 * 0.2)
@@ -92,10 +89,9 @@ def test_the_config_has_the_ranks_and_the_adapter_is_the_cut(
     advice = replace(made, gained=True, out=str(tmp_path))
     chosen = advice.chosen
     assert chosen is not None
-    restored = restore(str(Path(made.out) / "probe"))
-    whole = adapter_of(restored.base.model)
-    bench = bench_of_tuning(restored, Silent())
-    _write(options(out=str(tmp_path)), advice, whole, bench)
+    desk = _Desk(options(), Silent())
+    desk.opened(4)
+    _write(options(out=str(tmp_path)), advice, desk)
     config = make_config(read_config(str(tmp_path / CONFIG)), "test")
     kept = {n: k for n, k in chosen.ranks.items() if k}
     assert {n: config.rank_pattern.get(n, config.r) for n in kept} == kept
@@ -109,22 +105,25 @@ def test_the_same_command_again_trains_and_tries_nothing(
     made: Advice, options: Callable[..., Advise]
 ) -> None:
     out = Path(made.out)
-    before = {p: p.stat().st_mtime_ns for p in (out / "probe").rglob("*")}
-    trials = {p: p.stat().st_mtime_ns for p in (out / "trials").iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in (out / "probe-r4").rglob("*")}
+    trials = {p: p.stat().st_mtime_ns for p in (out / "trials-r4").iterdir()}
     assert advise(options(), Silent()) == made
-    assert {p: p.stat().st_mtime_ns for p in (out / "probe").rglob("*")} == before
-    assert {p: p.stat().st_mtime_ns for p in (out / "trials").iterdir()} == trials
+    assert {p: p.stat().st_mtime_ns for p in (out / "probe-r4").rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in (out / "trials-r4").iterdir()} == trials
 
 
 def test_other_options_are_another_advice(made: Advice, options: Callable[..., Advise]) -> None:
-    with pytest.raises(UserError, match="holds a probe of other options"):
+    with pytest.raises(UserError, match=r"probe-r4' is a probe of other options \(lr\)"):
         advise(options(lr=0.02), Silent())
+    with pytest.raises(UserError, match=r"probe-r4' is a probe of other options \(alpha\)"):
+        advise(options(r=8, alpha=8), Silent())
 
 
 def test_ranks_by_layer_keep_the_scale_of_the_probe(options: Callable[..., Advise]) -> None:
     names = [f"encoder.layer.{i}.attention.self.{n}" for i in (0, 1) for n in ("query", "value")]
     ranks = dict(zip(names, (2, 2, 5, 0), strict=True))
-    config = options(alpha=12, exclude_modules=["pooler"]).advised(ranks)
+    asked = options(alpha=12, exclude_modules=["pooler"])
+    config = asked.advised(asked.probe(4), ranks)
     assert (config.r, config.alpha) == (2, 6)
     assert config.rank_pattern == {names[2]: 5}
     assert config.alpha_pattern == {names[2]: 15}
@@ -134,7 +133,8 @@ def test_ranks_by_layer_keep_the_scale_of_the_probe(options: Callable[..., Advis
 def test_ranks_by_layer_keep_the_scale_of_a_rank_stabilized_probe(
     options: Callable[..., Advise],
 ) -> None:
-    config = options(r=16, alpha=8, rank_stabilized=True).advised({"a": 4, "b": 4, "c": 9})
+    asked = options(r=16, alpha=8, rank_stabilized=True)
+    config = asked.advised(asked.probe(16), {"a": 4, "b": 4, "c": 9})
     assert 8 / 16**0.5 == 2
     assert (config.r, config.alpha) == (4, 4)  # 4 / √4
     assert config.alpha_pattern == {"c": 6}  # 6 / √9
@@ -145,23 +145,36 @@ def test_another_probe_has_trials_of_its_own(
 ) -> None:
     out = tmp_path / "again"
     shutil.copytree(made.out, out)
-    shutil.rmtree(out / "probe")
+    shutil.rmtree(out / "probe-r4")
     other = advise(options(out=str(out), lr=0.001, epochs=1), Silent())
     alone = advise(options(out=str(tmp_path / "alone"), lr=0.001, epochs=1), Silent())
     assert replace(other, out="") == replace(alone, out="")
     assert other.probe_score != made.probe_score or other.trials != made.trials
 
 
+def test_without_a_rank_there_are_larger_probes_of_the_same_scale(
+    options: Callable[..., Advise],
+) -> None:
+    asked = Advise(without_rank(options(r=16, alpha=64).given))
+    assert asked.ranks == (8, 16, 32, 64)
+    assert [asked.probe(r).alpha for r in asked.ranks] == [32, 64, 128, 256]
+    assert Path(asked.probe(16).out).name == "probe-r16"
+    stable = Advise(without_rank(options(r=32, alpha=4, rank_stabilized=True).given))
+    assert [stable.probe(r).alpha for r in (8, 32)] == [2, 4]  # s = α/√r
+    plain = Advise(without_rank(options().given))
+    assert [plain.probe(r).alpha for r in plain.ranks] == [16, 32, 64, 128]
+    assert options().ranks == (4,)
+
+
 def test_what_is_no_question_of_rank_is_refused(options: Callable[..., Advise]) -> None:
-    assert Advise({}).r == PROBE_R
     with pytest.raises(UserError, match="leave --method out"):
-        options(method="full").probe()
+        options(method="full").probe(4)
     with pytest.raises(UserError, match="leave rank_pattern"):
-        options(rank_pattern={"query": 2}).probe()
+        options(rank_pattern={"query": 2}).probe(4)
 
 
 def test_a_silenced_adapter_adds_nothing(made: Advice) -> None:
-    adapter = read_peft_alone(Path(made.out) / "probe" / "adapter").adapter
+    adapter = read_peft_alone(Path(made.out) / "probe-r4" / "adapter").adapter
     quiet = silenced(adapter)
     assert quiet.factors.keys() == adapter.factors.keys()
     assert all(not torch.any(f.delta()) for f in quiet.factors.values())

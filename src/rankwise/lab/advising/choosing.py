@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from rankwise.errors import UserError
 from rankwise.lab.advising.bootstrap import interval
-from rankwise.lab.advising.records import EVERY_LAYER, PER_LAYER, Trial
+from rankwise.lab.advising.records import EVERY_LAYER, PER_LAYER, Step, Trial, smallest
 from rankwise.lab.settings import higher_is_better
 from rankwise.spectrum import Allocation, Budget, Layer, Top
 from rankwise.train.trying import Quality
 
-__all__ = ["Judge", "search"]
+__all__ = ["Grown", "Judge", "Probe", "grown", "search"]
 
 FINE = 4
 """Steps of the budget for each step of the rank."""
@@ -77,23 +78,34 @@ class Judge:
 
     def trial(self, kind: str, size: int, allocation: Allocation, found: Quality) -> Trial:
         """The record of a cut."""
-        low, high = self.bounds(found)
-        lost, gain = self.lost(found), self.lost(self.silent)
-        back = self.loss_back(found)
-        little = (lost <= TOLERABLE * gain and back <= TOLERABLE) or not self.gained
         return Trial(
             kind=kind,
             size=size,
             ranks=dict(allocation.ranks),
             parameters=allocation.parameters,
             error=allocation.error,
-            score=found.metrics[self.metric],
-            lost=lost,
-            low=low,
-            high=high,
-            loss_back=back,
-            enough=little and (low <= 0 or lost <= NEGLIGIBLE * gain),
+            **self._verdict(found),
         )
+
+    def step(self, r: int, found: Quality) -> Step:
+        """The record of a probe of rank r beside this one, which is of twice its rank."""
+        score = self.probe.metrics[self.metric]
+        return Step(r=r, larger=2 * r, larger_score=score, **self._verdict(found))
+
+    def _verdict(self, found: Quality) -> dict[str, Any]:
+        """The attributes of a :class:`Verdict`."""
+        low, high = self.bounds(found)
+        lost, gain = self.lost(found), self.lost(self.silent)
+        back = self.loss_back(found)
+        little = (lost <= TOLERABLE * gain and back <= TOLERABLE) or not self.gained
+        return {
+            "score": found.metrics[self.metric],
+            "lost": lost,
+            "low": low,
+            "high": high,
+            "loss_back": back,
+            "enough": little and (low <= 0 or lost <= NEGLIGIBLE * gain),
+        }
 
 
 def search(layers: Mapping[str, Layer], r: int, judge: Judge, tried: Tried) -> Iterator[Trial]:
@@ -119,6 +131,63 @@ def search(layers: Mapping[str, Layer], r: int, judge: Judge, tried: Tried) -> I
     yield from _closing_in(same, _powers(r - 1), r)
     steps = [1, 2, *(FINE * k for k in _powers(r - 1))] if r > 1 else [1, 2]
     yield from _closing_in(spread, steps, FINE * r)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A probe of rank r: the spectra of its layers, and what is enough beside it."""
+
+    r: int
+    layers: Mapping[str, Layer]
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The probe that stayed.
+
+    Attributes:
+        probe: of the smallest rank that is enough, as far as was tried.
+        trials: its cuts; all of it is one where the next probe is no better.
+        steps: the probes before it, and itself if a larger one was tried, each beside the next.
+    """
+
+    probe: Probe
+    trials: tuple[Trial, ...]
+    steps: tuple[Step, ...]
+
+
+def grown(
+    ranks: Sequence[int],
+    opened: Callable[[int], Probe],
+    searched: Callable[[Probe], tuple[Trial, ...]],
+) -> Grown:
+    """The first probe that has ranks to spare, or that the next does not beat.
+
+    A probe has ranks to spare where half of them are enough in every layer: what a larger one has
+    more would be cut as well. One that has none is put beside a probe of twice its rank, and stays
+    if it is enough there, by the rule for cuts. One that gains nothing ends the search.
+
+    Args:
+        ranks: of the probes, each twice the one before.
+        opened: makes the probe of a rank.
+        searched: the cuts of the probe that was made last, tried.
+    """
+    probe = opened(ranks[0])
+    trials, steps = searched(probe), list[Step]()
+    for r in ranks[1:]:
+        same = smallest([t for t in trials if t.kind == EVERY_LAYER])
+        if not probe.judge.gained or (same is not None and same.size <= probe.r // 2):
+            break
+        larger = opened(r)
+        steps.append(larger.judge.step(probe.r, probe.judge.probe))
+        if steps[-1].enough:
+            every = Top(probe.r).allocate(probe.layers)
+            whole = probe.judge.trial(EVERY_LAYER, probe.r, every, probe.judge.probe)
+            trials = (*trials, whole)
+            break
+        probe, trials = larger, searched(larger)
+    return Grown(probe, trials, tuple(steps))
 
 
 def _powers(most: int) -> list[int]:

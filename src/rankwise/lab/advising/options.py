@@ -1,4 +1,4 @@
-"""What an advice is asked for: the options of its probe, and of the run that follows from it."""
+"""What an advice is asked for: the options of its probes, and of the run that follows from it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from rankwise.errors import UserError
 from rankwise.train.config import FitConfig, make_config
 
-__all__ = ["PROBE_R", "TUNING_SHARE", "Advise"]
+__all__ = ["FIRST_R", "LARGEST_R", "TUNING_SHARE", "Advise", "without_rank"]
 
-PROBE_R = 32
-"""Rank of the probe where none is given."""
+FIRST_R, LARGEST_R = 8, 64
+"""Ranks of the first probe and of the last where none is given; each has twice the rank before."""
 TUNING_SHARE = 0.2
 """Share of the training rows that cuts are tried on where none is given."""
 
@@ -22,6 +22,9 @@ TUNING_SHARE = 0.2
 class Advise:
     """The options of ``rankwise fit`` for a LoRA run, its ``r`` and ``alpha`` being the probe's.
 
+    Without an ``r`` there may be several probes, of ranks 8, 16, 32 and 64; ``alpha`` is that of
+    rank 8 then, and a larger probe has the same s.
+
     Attributes:
         given: the options that were given, by name; ``out`` is the folder of the advice.
     """
@@ -29,16 +32,19 @@ class Advise:
     given: Mapping[str, Any]
 
     @property
-    def r(self) -> int:
-        """Rank of the probe."""
-        return int(self.given.get("r", PROBE_R))
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of the probes, smallest first; a larger one is trained only where it is needed."""
+        if "r" in self.given:
+            return (int(self.given["r"]),)
+        powers = range(FIRST_R.bit_length() - 1, LARGEST_R.bit_length())
+        return tuple(2**power for power in powers)
 
     @property
     def out(self) -> Path:
         return Path(str(self.given.get("out", "")))
 
-    def probe(self) -> FitConfig:
-        """The probe's run: what is given, trained on a part of the training rows, the last kept.
+    def probe(self, r: int) -> FitConfig:
+        """The run of a probe: what is given, trained on a part of the training rows, the last kept.
 
         Cuts are tried on the rest of the training rows. Rows to evaluate on (``eval``) are left
         for the run that follows and choose nothing here.
@@ -54,31 +60,48 @@ class Advise:
                 "The probe has one rank everywhere, and the ranks by layer are what is looked for: "
                 "leave rank_pattern and alpha_pattern out."
             )
-        values = {"eval_fraction": TUNING_SHARE, **values, "r": self.r, "select": "last"}
+        if values.get("alpha") is not None:
+            values["alpha"] = _scaled(values, self.ranks[0], r)
+        values = {"eval_fraction": TUNING_SHARE, **values, "r": r, "select": "last"}
         where = "The options of rankwise advise"
         named = make_config(values, where)
-        return named.model_copy(update={"out": str(Path(named.out) / "probe")})
+        return named.model_copy(update={"out": str(Path(named.out) / f"probe-r{r}")})
 
-    def advised(self, ranks: Mapping[str, int]) -> FitConfig:
+    def advised(self, probe: FitConfig, ranks: Mapping[str, int]) -> FitConfig:
         """The run to train: these ranks, s as the probe had it, everything else as given.
 
         s is α/r, or α/√r where rank_stabilized is asked for, so that α follows the rank.
         """
         kept = {name: k for name, k in ranks.items() if k}
         r = max(set(kept.values()), key=lambda k: (list(kept.values()).count(k), k))
-        probe = self.probe()
-        power = 0.5 if probe.rank_stabilized else 1.0
-        s = (probe.alpha or 2.0 * probe.r) / probe.r**power
+        of_probe = {"alpha": probe.alpha, "rank_stabilized": probe.rank_stabilized}
         others = {name: k for name, k in kept.items() if k != r}
         drop = {"r", "alpha", "out", "exclude_modules"}
         values: dict[str, Any] = {k: v for k, v in self.given.items() if k not in drop}
         gone = [name for name, k in ranks.items() if not k]
         values |= {
             "r": r,
-            "alpha": s * r**power,
+            "alpha": _scaled(of_probe, probe.r, r),
             "rank_pattern": others,
-            "alpha_pattern": {name: s * k**power for name, k in others.items()},
+            "alpha_pattern": {name: _scaled(of_probe, probe.r, k) for name, k in others.items()},
             "exclude_modules": [*probe.exclude_modules, *gone],
             "out": str(self.out / "advised"),
         }
         return make_config(values, "The advised configuration")
+
+
+def without_rank(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run without its rank, for an advice that looks for it; s stays.
+
+    An ``alpha`` becomes that of the first probe.
+    """
+    r, others = values.get("r"), {k: v for k, v in values.items() if k != "r"}
+    if isinstance(r, int) and r > 0 and isinstance(others.get("alpha"), (int, float)):
+        others["alpha"] = _scaled(others, r, FIRST_R)
+    return others
+
+
+def _scaled(values: Mapping[str, Any], r: int, k: int) -> float:
+    """α at rank k that has the s of ``values`` at rank r: s = α/r, or α/√r if rank-stabilised."""
+    power = 0.5 if values.get("rank_stabilized") else 1.0
+    return float(values["alpha"]) * k**power / r**power

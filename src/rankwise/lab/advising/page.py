@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.io import files
 from rankwise.lab import words
-from rankwise.lab.advising.records import EVERY_LAYER, PER_LAYER, Advice, Trial
+from rankwise.lab.advising.records import EVERY_LAYER, PER_LAYER, Advice, Trial, Verdict
 from rankwise.lab.drawing import MUTED, Figure, Key, Style, line_swatch, name_axes, render
 from rankwise.lab.inspecting import LayerEvidence
 from rankwise.lab.inspecting.figures import value_map
@@ -28,7 +28,7 @@ _STYLES = {EVERY_LAYER: Style.category(0), PER_LAYER: Style.category(2)}
 
 def summary(advice: Advice) -> list[str]:
     """What was found and advised, in sentences."""
-    return [*_probe(advice), *_advised(advice)]
+    return [*_grown(advice), *_probe(advice), *_advised(advice)]
 
 
 def reasons(advice: Advice) -> list[str]:
@@ -118,6 +118,18 @@ def quality_by_size(advice: Advice) -> Figure:
     )
 
 
+def _grown(advice: Advice) -> Iterator[str]:
+    metric = advice.metric
+    for step in advice.steps:
+        whether = "is no better" if step.enough else "is better"
+        larger, own = (words.score(metric, score) for score in (step.larger_score, step.score))
+        yield f"Half the ranks of a probe of r = {step.r} are not enough."
+        yield (
+            f"A probe of r = {step.larger} {whether} ({metric} {larger}, and {own} with "
+            f"r = {step.r}): beside it r = {step.r} loses {_loss(advice, step)}."
+        )
+
+
 def _probe(advice: Advice) -> Iterator[str]:
     metric = advice.metric
     yield (
@@ -145,16 +157,19 @@ def _advised(advice: Advice) -> Iterator[str]:
     if chosen is None:
         yield (
             f"No cut is as good as the probe, so r = {advice.probe_r} is needed at least. Try a "
-            f"probe of a larger rank: --r {2 * advice.probe_r}"
+            f"probe of a larger rank: --r {2 * advice.probe_r}."
         )
         return
+    if chosen.parameters == advice.probe_parameters:
+        yield f"No cut is as good as the probe. Advised: r = {advice.probe_r}, all of it."
+        return
     for trial in (advice.same_rank, advice.by_layer):
-        if trial is not None:
+        if trial is not None and trial.parameters < advice.probe_parameters:
             yield _told(advice, trial)
     below = [t for t in advice.trials if t.kind == EVERY_LAYER and not t.enough]
     if below:
         worst = max(below, key=lambda t: t.size)
-        yield f"r = {worst.size} is not enough: {_loss(advice, worst)}."
+        yield f"r = {worst.size} is not enough: it loses {_loss(advice, worst)}."
     share = words.percent(chosen.parameters / advice.probe_parameters)
     yield f"Advised: {chosen.kind}, {chosen.parameters:,} parameters, {share} of the probe's."
 
@@ -164,12 +179,12 @@ def _told(advice: Advice, trial: Trial) -> str:
     if trial.kind == PER_LAYER:
         ranks = words.spread(list(trial.ranks.values()))
         what = f"Ranks of {ranks}, chosen layer by layer ({trial.parameters:,} parameters), are"
-    return f"{what} enough: {_loss(advice, trial)}."
+    return f"{what} enough: it loses {_loss(advice, trial)}."
 
 
-def _loss(advice: Advice, trial: Trial) -> str:
-    low, high = (words.amount(advice.metric, v, unit=False) for v in (trial.low, trial.high))
-    said = f"it loses {words.amount(advice.metric, trial.lost)} ({low} to {high} over other rows)"
+def _loss(advice: Advice, found: Verdict) -> str:
+    low, high = (words.amount(advice.metric, v, unit=False) for v in (found.low, found.high))
+    said = f"{words.amount(advice.metric, found.lost)} ({low} to {high} over other rows)"
     if advice.metric == "loss":
         return said
-    return f"{said} and {words.percent(trial.loss_back)} of what the updates take off the loss"
+    return f"{said} and {words.percent(found.loss_back)} of what the updates take off the loss"

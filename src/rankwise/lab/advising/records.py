@@ -6,14 +6,49 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["EVERY_LAYER", "PER_LAYER", "Advice", "Trial", "smallest"]
+__all__ = ["EVERY_LAYER", "PER_LAYER", "Advice", "Step", "Trial", "Verdict", "smallest"]
 
 EVERY_LAYER, PER_LAYER = "one rank for all layers", "ranks by layer"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """The probe cut to fewer ranks, tried on the tuning rows.
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Something smaller beside a probe, on the tuning rows.
+
+    Attributes:
+        score: the metric.
+        lost: how much worse than the probe, in units of the metric; below 0 where it is better.
+        low, high: between which ``lost`` lies over other rows, 95 %.
+        loss_back: the share of what the probe's updates take off the loss that comes back.
+        enough: whether it is as good as the probe, as far as can be told.
+    """
+
+    score: float
+    lost: float
+    low: float
+    high: float
+    loss_back: float
+    enough: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Verdict):
+    """A probe beside the next, of twice its rank: it stays where it is enough.
+
+    Attributes:
+        r: its rank.
+        larger: the rank of the next.
+        larger_score: the metric of the next.
+    """
+
+    r: int
+    larger: int
+    larger_score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(Verdict):
+    """The probe cut to fewer ranks.
 
     Attributes:
         kind: how the ranks were chosen, EVERY_LAYER or PER_LAYER.
@@ -21,11 +56,6 @@ class Trial:
         ranks: by layer, 0 where the update is left out.
         parameters: in A and B.
         error: ‖δ − δ_k‖ / ‖δ‖ over all layers.
-        score: the metric.
-        lost: how much worse than the probe, in units of the metric; below 0 where it is better.
-        low, high: between which ``lost`` lies over other rows, 95 %.
-        loss_back: the share of what the updates take off the loss that comes back.
-        enough: whether it is as good as the probe, as far as can be told.
     """
 
     kind: str
@@ -33,12 +63,6 @@ class Trial:
     ranks: Mapping[str, int]
     parameters: int
     error: float
-    score: float
-    lost: float
-    low: float
-    high: float
-    loss_back: float
-    enough: bool
 
     @property
     def rank(self) -> int:
@@ -54,18 +78,20 @@ class Advice:
         out: the folder.
         metric: what quality is.
         rows: how many tuning rows there were.
-        probe_r: the rank of the probe; ``probe_parameters`` in its updates.
+        steps: the probes on the way to larger ones, each beside the next; empty where the first
+            had ranks to spare, or where its rank was given.
+        probe_r: the rank of the probe that stayed; ``probe_parameters`` in its updates.
         probe_score: its score; ``silent_score`` that of the probe without its updates.
         gained: whether its updates gain more than the noise.
         gap: the ranks behind which the singular values of its layers fall most, smallest first.
-        trials: everything that was tried.
-        same_rank, by_layer: the smallest that is enough, of each kind; None where none is, but for
-            the probe.
+        trials: every cut of it that was tried; all of it is one where the next probe is no better.
+        same_rank, by_layer: the smallest that is enough, of each kind; None where none is.
     """
 
     out: str
     metric: str
     rows: int
+    steps: tuple[Step, ...]
     probe_r: int
     probe_parameters: int
     probe_score: float
@@ -96,7 +122,7 @@ class Advice:
     def to_json(self) -> dict[str, Any]:
         """The record, for advice.json."""
         chosen = self.chosen
-        return {"kind": "rankwise advice 1", **asdict(self)} | {
+        return {"kind": "rankwise advice 2", **asdict(self)} | {
             "chosen": None if chosen is None else asdict(chosen)
         }
 

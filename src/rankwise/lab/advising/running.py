@@ -15,10 +15,10 @@ from rankwise.errors import UserError
 from rankwise.io import files
 from rankwise.io.adapters import save_adapter
 from rankwise.io.portable import Portable
-from rankwise.lab.advising.choosing import Judge, search
+from rankwise.lab.advising.choosing import Judge, Probe, grown, search
 from rankwise.lab.advising.options import Advise
 from rankwise.lab.advising.page import reasons, write_advice
-from rankwise.lab.advising.records import Advice
+from rankwise.lab.advising.records import Advice, Trial
 from rankwise.lab.inspecting.measuring import evidence
 from rankwise.lab.page import can_make_pages
 from rankwise.methods.adapter import Adapter, adapter_of
@@ -37,12 +37,13 @@ CONFIG, TRIMMED = "config.yaml", "adapter"
 
 
 def advise(options: Advise, reporter: Reporter) -> Advice:
-    """Train a probe of a generous rank, and find the smallest cut of it that is as good.
+    """Train a probe, and find the smallest cut of it that is as good.
 
-    The folder gets ``probe/`` (the run), ``trials/`` (what each cut answered), ``advice.json``,
-    ``report.html``, ``config.yaml`` (the advised run, for ``rankwise fit --config``) and
-    ``adapter/`` (the probe cut to the advised ranks, ready for use). Stopped, it goes on where it
-    was.
+    Where half of its ranks are not enough, and no rank was given, a probe of twice its rank
+    follows; the first stays if it is as good as the second. The folder gets ``probe-rR/`` (the
+    run), ``trials-rR/`` (what each cut answered), ``advice.json``, ``report.html``, ``config.yaml``
+    (the advised run, for ``rankwise fit --config``) and ``adapter/`` (the probe cut to the advised
+    ranks, ready for use). Stopped, it goes on where it was.
 
     Raises:
         UserError: the options make no sense, the probe learned nothing, or the folder holds an
@@ -51,36 +52,25 @@ def advise(options: Advise, reporter: Reporter) -> Advice:
         Interrupted: a signal asked to stop; the same command goes on.
     """
     can_make_pages()
-    config = options.probe()
-    trials_of_it = options.out / "trials"
-    _ensure(config, trials_of_it, reporter)
-    restored = restore(config.out)
-    whole = adapter_of(restored.base.model)
-    bench = bench_of_tuning(restored, reporter)
-    manifest = read_manifest(config.out)
-    trials = _Trials(trials_of_it, bench, manifest["data"]["eval"]["fingerprint"], reporter)
-    probe, silent = trials.tried("probe", whole), trials.tried("silent", silenced(whole))
-    judge = Judge(bench.metric, probe, silent)
-    layers = layers_of(whole)
-
-    def cut(ranks: Mapping[str, int]) -> Quality:
-        return trials.tried(_named(ranks), cut_to(whole, ranks))
-
-    found = tuple(search(layers, config.r, judge, cut))
-    gaps = sorted(g.k for layer in layers.values() if (g := layer.spectrum.gap) is not None)
+    _ensure_ours(options)
+    desk = _Desk(options, reporter)
+    found = grown(options.ranks, desk.opened, desk.searched)
+    probe, judge = found.probe, found.probe.judge
+    gaps = sorted(g.k for layer in probe.layers.values() if (g := layer.spectrum.gap) is not None)
     advice = Advice(
         out=str(options.out),
-        metric=bench.metric,
-        rows=len(bench.rows.encoded),
-        probe_r=config.r,
-        probe_parameters=sum(f.count() for f in whole.factors.values()),
-        probe_score=probe.metrics[bench.metric],
-        silent_score=silent.metrics[bench.metric],
+        metric=judge.metric,
+        rows=len(judge.probe.answers.rows),
+        steps=found.steps,
+        probe_r=probe.r,
+        probe_parameters=sum(f.count() for f in desk.adapters[probe.r].factors.values()),
+        probe_score=judge.probe.metrics[judge.metric],
+        silent_score=judge.silent.metrics[judge.metric],
         gained=judge.gained,
         gap=tuple(gaps),
-        trials=found,
+        trials=found.trials,
     )
-    _write(options, advice, whole, bench)
+    _write(options, advice, desk)
     return advice
 
 
@@ -91,30 +81,80 @@ def silenced(adapter: Adapter) -> Adapter:
     return replace(ones, factors=zero)
 
 
-class _Trials:
-    """Adapters tried on the tuning rows, each once: what it answered is kept in a folder."""
+class _Desk:
+    """Where probes are trained, and where they and their cuts are tried, each once.
 
-    def __init__(self, folder: Path, bench: Bench, rows: str, reporter: Reporter) -> None:
-        self.folder, self.bench, self.rows, self.reporter = folder, bench, rows, reporter
+    The answers are kept in a folder. One base is in memory at a time.
 
-    def tried(self, name: str, adapter: Adapter) -> Quality:
-        answers, scores = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
+    Attributes:
+        adapters: of the probes that were opened, by rank.
+    """
+
+    def __init__(self, options: Advise, reporter: Reporter) -> None:
+        self.adapters: dict[int, Adapter] = {}
+        self._options, self._reporter = options, reporter
+        self._bench: Bench | None = None
+        self._folder, self._rows = options.out, ""
+
+    @property
+    def bench(self) -> Bench:
+        """The base, bare, and the tuning rows, of the probe that was opened last."""
+        assert self._bench is not None, "open a probe first"
+        return self._bench
+
+    def opened(self, r: int) -> Probe:
+        """The probe of rank r: trained, gone on with, or found done, and tried."""
+        self._bench = None
+        config = self._options.probe(r)
+        self._folder = self._options.out / f"trials-r{r}"
+        _ensure(config, self._folder, self._reporter)
+        restored = restore(config.out)
+        whole = self.adapters[r] = adapter_of(restored.base.model)
+        self._bench = bench_of_tuning(restored, self._reporter)
+        self._rows = read_manifest(config.out)["data"]["eval"]["fingerprint"]
+        full, silent = self._tried("probe", whole), self._tried("silent", silenced(whole))
+        return Probe(r, layers_of(whole), Judge(self.bench.metric, full, silent))
+
+    def searched(self, probe: Probe) -> tuple[Trial, ...]:
+        """Every cut of the probe that was opened last which the search tries."""
+        whole = self.adapters[probe.r]
+
+        def cut(ranks: Mapping[str, int]) -> Quality:
+            return self._tried(_named(ranks), cut_to(whole, ranks))
+
+        return tuple(search(probe.layers, probe.r, probe.judge, cut))
+
+    def _tried(self, name: str, adapter: Adapter) -> Quality:
+        answers, scores = self._folder / f"{name}.safetensors", self._folder / f"{name}.json"
         if scores.exists() and answers.exists():
             metrics = json.loads(scores.read_text(encoding="utf-8"))
-            return Quality(metrics, read_answers(answers, self.rows))
-        (found,) = self.bench.tried([adapter], self.reporter)
+            return Quality(metrics, read_answers(answers, self._rows))
+        (found,) = self.bench.tried([adapter], self._reporter)
         size = sum(f.count() for f in adapter.factors.values())
         score = found.metrics[self.bench.metric]
-        self.reporter.note(f"{name}: {size:,} parameters, {self.bench.metric} {score:.4f}")
-        write_answers(answers, found.answers, self.rows)
+        self._reporter.note(f"{name}: {size:,} parameters, {self.bench.metric} {score:.4f}")
+        write_answers(answers, found.answers, self._rows)
         files.write_json(scores, dict(found.metrics))
-        return Quality(found.metrics, read_answers(answers, self.rows))
+        return Quality(found.metrics, read_answers(answers, self._rows))
 
 
 def _named(ranks: Mapping[str, int]) -> str:
     """A file name for a choice of ranks."""
     text = json.dumps(dict(ranks), sort_keys=True)
     return f"cut-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _ensure_ours(options: Advise) -> None:
+    """Refuse a folder that has a probe of other options than these, whatever its rank."""
+    for place in sorted(options.out.glob("probe-r*/manifest.json")):
+        config = read_manifest(place.parent)["config"]
+        wanted = options.probe(config["r"]).model_dump(mode="json")
+        if config != wanted:
+            other = ", ".join(sorted(k for k in wanted if config.get(k) != wanted[k]))
+            raise UserError(
+                f"'{place.parent}' is a probe of other options ({other}). Name another --out, or "
+                "delete the folder."
+            )
 
 
 def _ensure(config: FitConfig, trials: Path, reporter: Reporter) -> None:
@@ -124,25 +164,22 @@ def _ensure(config: FitConfig, trials: Path, reporter: Reporter) -> None:
         shutil.rmtree(trials, ignore_errors=True)  # another probe's
         reporter.note(f"probe: r = {config.r}, α = {config.alpha:g}")
         fit(config, reporter=reporter)
-        return
-    manifest = read_manifest(folder)
-    if manifest["config"] != config.model_dump(mode="json"):
-        raise UserError(
-            f"'{folder}' holds a probe of other options. Name another --out, or delete it."
-        )
-    if manifest["status"] != "finished":
+    elif read_manifest(folder)["status"] != "finished":
         fit(config, resume=True, reporter=reporter)
-        return
-    reporter.note("the probe was trained before")
+    else:
+        reporter.note(f"the probe of r = {config.r} was trained before")
 
 
-def _write(options: Advise, advice: Advice, whole: Adapter, bench: Bench) -> None:
+def _write(options: Advise, advice: Advice, desk: _Desk) -> None:
     """The page, the advised configuration and the cut adapter."""
-    chosen = advice.chosen
+    chosen, whole = advice.chosen, desk.adapters[advice.probe_r]
     ranks = dict.fromkeys(whole.factors, advice.probe_r) if chosen is None else chosen.ranks
     head = "".join(f"# {sentence}\n" for sentence in reasons(advice))
-    files.write_text(options.out / CONFIG, head + dump_config(options.advised(ranks)))
-    if chosen is not None:
+    config = options.advised(options.probe(advice.probe_r), ranks)
+    files.write_text(options.out / CONFIG, head + dump_config(config))
+    if chosen is None:
+        shutil.rmtree(options.out / TRIMMED, ignore_errors=True)  # of an advice before this one
+    else:
         cut = cut_to(whole, chosen.ranks)
-        save_adapter(bench.base.model, options.out / TRIMMED, adapter=cut)
+        save_adapter(desk.bench.base.model, options.out / TRIMMED, adapter=cut)
     write_advice(advice, tuple(evidence(Portable(whole))), options.out)
