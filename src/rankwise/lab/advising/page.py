@@ -175,11 +175,13 @@ def _advised(advice: Advice) -> Iterator[str]:
 
 
 def _told(advice: Advice, trial: Trial) -> str:
-    what = f"r = {trial.size} in every layer ({trial.parameters:,} parameters) is"
-    if trial.kind == PER_LAYER:
+    size = f"({trial.parameters:,} parameters)"
+    if trial.kind == EVERY_LAYER:
+        said = f"r = {trial.size} in every layer {size} is enough: it loses"
+    else:
         ranks = words.spread(list(trial.ranks.values()))
-        what = f"Ranks of {ranks}, chosen layer by layer ({trial.parameters:,} parameters), are"
-    return f"{what} enough: it loses {_loss(advice, trial)}."
+        said = f"Ranks of {ranks}, chosen layer by layer {size}, are enough: they lose"
+    return f"{said} {_loss(advice, trial)}."
 
 
 def _loss(advice: Advice, found: Verdict) -> str:
@@ -187,4 +189,5 @@ def _loss(advice: Advice, found: Verdict) -> str:
     said = f"{words.amount(advice.metric, found.lost)} ({low} to {high} over other rows)"
     if advice.metric == "loss":
         return said
-    return f"{said} and {words.percent(found.loss_back)} of what the updates take off the loss"
+    back = words.percent(found.loss_back) if found.loss_back > 0 else "nothing"
+    return f"{said} and {back} of what the updates take off the loss"
