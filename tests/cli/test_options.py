@@ -26,6 +26,16 @@ def test_groups_and_names_pick_fields() -> None:
     assert not {"data", "out", "lr"} & taken
 
 
+def test_a_parameter_of_the_command_replaces_the_field_of_its_name() -> None:
+    @with_options(groups=("Data",))
+    def command(*, eval_fraction: int = 3, **options: object) -> None: ...
+
+    parameters = inspect.signature(command).parameters
+    assert "data" in parameters
+    assert list(parameters).count("eval_fraction") == 1
+    assert parameters["eval_fraction"].default == 3
+
+
 def test_only_what_was_given_is_passed_on() -> None:
     assert given({"r": None, "seed": 0, "group_by_length": False}) == {
         "seed": 0,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rankwise.cli.console import make_reporter, table
 from rankwise.cli.options import given, with_options
+
+if TYPE_CHECKING:
+    from rankwise.lab.advising import Advice
 
 __all__ = ["command"]
 
@@ -24,6 +27,14 @@ def command(
         int | None,
         typer.Option(
             min=2, help="Rank of the probe; when not given 8, and twice that while more is needed."
+        ),
+    ] = None,
+    eval_fraction: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of the training rows that cuts are tried on, 0.2 when not given.",
+            rich_help_panel="Data",
+            metavar="X",
         ),
     ] = None,
     config: Annotated[
@@ -49,11 +60,26 @@ def command(
     values = {} if config is None else read_config(config)
     if r is None:
         values = without_rank(values)  # the rank of the file is what is looked for
-    values |= given(options) | ({} if r is None else {"r": r})
+    values |= given({**options, "eval_fraction": eval_fraction, "r": r})
     if "out" not in values:
         raise UserError("Name the folder of the advice: --out FOLDER")
     wanted = Advise(values)
     advice = advise(wanted, make_reporter())
+    print(_table(advice))
+    print()
+    for sentence in summary(advice):
+        print(sentence)
+    print()
+    print((wanted.out / CONFIG).read_text(encoding="utf-8"))
+    print(f"config:  {wanted.out / CONFIG}")
+    if advice.chosen is not None:
+        print(f"adapter: {wanted.out / TRIMMED} (the probe, cut to these ranks)")
+    print(f"report:  {wanted.out / REPORT}")
+    print(f"next: rankwise fit --config {wanted.out / CONFIG}")
+
+
+def _table(advice: Advice) -> str:
+    """Every cut that was tried, smallest first."""
     rows = [
         [
             t.kind,
@@ -70,14 +96,4 @@ def command(
     ]
     head = ["ranks", "largest r", "parameters", "error", advice.metric]
     head += ["lost", "95 %", "of the loss", "enough"]
-    print(table(head, rows))
-    print()
-    for sentence in summary(advice):
-        print(sentence)
-    print()
-    print((wanted.out / CONFIG).read_text(encoding="utf-8"))
-    print(f"config:  {wanted.out / CONFIG}")
-    if advice.chosen is not None:
-        print(f"adapter: {wanted.out / TRIMMED} (the probe, cut to these ranks)")
-    print(f"report:  {wanted.out / REPORT}")
-    print(f"next: rankwise fit --config {wanted.out / CONFIG}")
+    return table(head, rows)

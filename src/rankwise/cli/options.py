@@ -31,7 +31,8 @@ def with_options(
         names: further fields to take.
         config: whose fields they are; each has a description and, in its schema, a group.
 
-    A flag that was not given arrives as None, so that a YAML file or a default can fill it.
+    A flag that was not given arrives as None, so that a YAML file or a default can fill it. A
+    parameter of the command's own stands in the place of the field of its name.
     """
     fields = {
         name: field
@@ -40,14 +41,15 @@ def with_options(
     }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
+        own = inspect.signature(command, eval_str=True).parameters
         made = [
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name, field)
             )
             for name, field in fields.items()
+            if name not in own
         ]
-        kept = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        kept = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         command.__signature__ = inspect.Signature([*kept, *made])
         command.__annotations__ = {p.name: p.annotation for p in (*kept, *made)}
         return command
