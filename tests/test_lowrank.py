@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import UserError
-from rankwise.lowrank import Factors, count, scaling
+from rankwise.lowrank import Factors, count, rank_problems, scaling
 
 SIZES = st.integers(1, 12)
 SCALES = st.floats(0.01, 100)
@@ -163,3 +163,13 @@ def test_truncation_refuses_a_rank_that_is_not_there(k: int):
 def test_a_zero_update_has_zero_singular_values():
     values = Factors(torch.randn(3, 8), torch.zeros(6, 3), 2.0).singular_values()
     assert torch.equal(values, torch.zeros(3, dtype=torch.float64))
+
+
+def test_what_is_wrong_with_a_rank_is_one_sentence_with_its_name():
+    for fine in (1, 64):
+        assert [*rank_problems("r", fine)] == []
+    for wrong in (0, -1, 2.0, True, "4", None):
+        told = f"slot must be a whole number of 1 or more, got {wrong!r}."
+        assert [*rank_problems("slot", wrong)] == [told]
+    assert [*rank_problems("r", None, optional=True)] == []
+    assert "or None, got 0" in next(rank_problems("r", 0, optional=True))

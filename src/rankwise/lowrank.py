@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rankwise.errors import UserError
 
-__all__ = ["Factors", "count", "scaling"]
+__all__ = ["Factors", "count", "rank_problems", "scaling"]
 
 
 def scaling(r: int, alpha: float, rank_stabilized: bool = False) -> float:
@@ -22,13 +23,21 @@ def scaling(r: int, alpha: float, rank_stabilized: bool = False) -> float:
     Raises:
         UserError: r is not a positive integer, or α is not a finite positive number.
     """
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise UserError(f"r must be a whole number of 1 or more, got {r!r}.")
+    if (problem := next(rank_problems("r", r), None)) is not None:
+        raise UserError(problem)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise UserError(f"alpha must be a number, got {alpha!r}.")
     if not math.isfinite(alpha) or alpha <= 0:
         raise UserError(f"alpha must be a finite number above 0, got {alpha!r}.")
     return float(alpha) / (math.sqrt(r) if rank_stabilized else r)
+
+
+def rank_problems(name: str, r: object, *, optional: bool = False) -> Iterator[str]:
+    """What is wrong with a rank of this name, which may be None where it is ``optional``."""
+    none = optional and r is None
+    if not none and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        more = ", or None" if optional else ""
+        yield f"{name} must be a whole number of 1 or more{more}, got {r!r}."
 
 
 def count(out_features: int, in_features: int, r: int) -> int:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rankwise.attaching import detach
 from rankwise.cli.app import main
+from rankwise.io.adapters import load_adapter
 from rankwise.io.peft_alone import read_peft_alone
 from rankwise.methods.adapter import adapter_of
 from rankwise.train.config import FitConfig
@@ -134,3 +136,24 @@ def test_the_model_of_a_pipeline_can_be_named(call: Call, tmp_path: Path) -> Non
     code, _, err = call(*words, adapter=tmp_path / "pytorch_lora_weights.safetensors")
     assert code == 0, err
     assert list(read_peft_alone(tmp_path / "cut").factors) == ["a"]
+
+
+def test_an_update_of_two_tied_layers_is_cut_on_the_model_of_its_run(
+    call: Call, options: Callable[..., FitConfig], gpt2: Path, rows: Path, tmp_path: Path
+) -> None:
+    text = {"data": str(rows / "train.txt"), "eval": str(rows / "dev.txt"), "max_steps": 2}
+    made = options(tmp_path / "run", model=str(gpt2), target_modules=["wte"], tied=True, **text)
+    run = fit(made).folder
+    code, out, err = call("--r", "1", adapter=run)
+    assert code == 0, err
+    assert "on the model" in out
+    kept = restore(run).base.model
+    detach(kept)
+    load_adapter(kept, tmp_path / "cut")
+    assert {f.r for f in adapter_of(kept).factors.values()} == {1}
+    assert adapter_of(kept).method.tied
+    code, _, err = call("--r", "1", "--out", tmp_path / "second", adapter=run / "adapter")
+    assert (code, "--base MODEL" in err) == (2, True)
+    words = ("--r", "1", "--out", tmp_path / "second", "--base", gpt2)
+    code, _, err = call(*words, adapter=run / "adapter")
+    assert code == 0, err

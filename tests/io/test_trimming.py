@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import peft_models as small
 import rankwise as rw
 from foreign import load, outputs, peft_folder
 from rankwise.attaching import low_rank_updates
@@ -19,9 +20,11 @@ from rankwise.inits import Init
 from rankwise.io.adapters import save_adapter
 from rankwise.io.convert import Wishes, convert
 from rankwise.io.loralib import Unsaid
+from rankwise.io.peft import read_peft
 from rankwise.io.peft_alone import read_peft_alone, write_peft_alone
+from rankwise.io.peft_alone_keys import ModelNeeded
 from rankwise.io.portable import Portable, assemble
-from rankwise.io.trimming import trim_adapter
+from rankwise.io.trimming import trim_adapter, trim_on_model
 from rankwise.lowrank import Factors
 from rankwise.methods.trimming import Prefix, trim
 from rankwise.spectrum import Energy, MaxError, Top
@@ -220,3 +223,55 @@ def test_an_update_of_two_tied_layers_is_cut_on_its_model(gpt2: Path, tmp_path: 
     with pytest.raises(UserError, match=r"in Python: rankwise\.load_adapter") as caught:
         trim_adapter(tmp_path / "own", Top(1), tmp_path / "cut")
     assert "save it from there" not in str(caught.value)
+
+
+ONLY_ON_THE_MODEL = {
+    "attention": (small.Heads, small.lora("first.q_proj", "second.v_proj", "second.out_proj")),
+    "experts": (small.mixtral, small.lora("q_proj", "gate_up_proj", "down_proj")),
+    "rows": (small.llama, small.lora("q_proj", trainable_tokens={"embed_tokens": [3, 5]})),
+    "tied": (small.Twins, small.lora("embed", tied=True)),
+    "biases": (small.biased, small.lora("q_proj", bias="all")),
+}
+
+
+@pytest.mark.parametrize("kind", ONLY_ON_THE_MODEL)
+@pytest.mark.parametrize("promise", [Top(2), MaxError(0.5), Prefix(1)])
+def test_what_only_the_model_tells_is_cut_on_it(kind: str, promise: Any, tmp_path: Path) -> None:
+    """The folder gives on a fresh model what the cut of the live adapter computes."""
+    build, method = ONLY_ON_THE_MODEL[kind]
+    model = small.make(build)
+    rw.attach(model, method)
+    small.randomise(model)
+    save_adapter(model, tmp_path / "own")
+    with pytest.raises(ModelNeeded):
+        trim_adapter(tmp_path / "own", promise, tmp_path / "alone")
+    base = small.make(build)
+    before = small.logits(base)
+    made = trim_on_model(tmp_path / "own", promise, tmp_path / "cut", base)
+    assert torch.equal(small.logits(base), before)
+    wanted = trim(rw.adapter_of(model), promise)
+    assert made.trimmed.error == pytest.approx(wanted.error, rel=1e-5)
+    by_hand, fresh = small.make(build), small.make(build)
+    rw.attach(by_hand, wanted.adapter)
+    rw.load_adapter(fresh, tmp_path / "cut")
+    small.same(rw.adapter_of(fresh), rw.adapter_of(by_hand))
+    assert not torch.equal(small.logits(fresh), before)
+    assert not (tmp_path / "alone").exists()
+
+
+def test_peft_reads_the_cut_of_its_own_file_with_token_rows(llama: Path, tmp_path: Path) -> None:
+    rows: dict[str, Any] = {"trainable_token_indices": [5, 17]}
+    peft_folder(llama, tmp_path / "own", r=3, lora_alpha=6, target_modules=TARGETS, **rows)
+    with pytest.raises(ModelNeeded, match="trained rows of an embedding"):
+        trim_adapter(tmp_path / "own", Top(2), tmp_path / "cut")
+    made = trim_on_model(tmp_path / "own", Top(2), tmp_path / "cut", load(llama))
+    whole = read_peft(tmp_path / "own", load(llama))
+    assert set(whole.tokens) == {"model.embed_tokens"}
+    by_hand = load(llama)
+    for name, f in made.trimmed.adapter.factors.items():
+        by_hand.get_submodule(name).weight.data += f.B @ f.A
+    for name, tokens in whole.tokens.items():
+        by_hand.get_submodule(name).weight.data[list(tokens.ids)] += tokens.delta.float()
+    torch.testing.assert_close(
+        by_peft(llama, tmp_path / "cut"), outputs(by_hand), atol=1e-5, rtol=1e-5
+    )

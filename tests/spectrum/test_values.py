@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from rankwise.errors import UserError
 from rankwise.lowrank import Factors
-from rankwise.spectrum import Spectrum, spectrum
+from rankwise.spectrum import Spectrum, share_problems, spectrum
 
 sizes = st.integers(1, 12)
 seeds = st.integers(0, 2**31 - 1)
@@ -126,3 +128,23 @@ def test_factors_that_are_not_finite_are_refused(bad: float) -> None:
     B[1, 1] = bad
     with pytest.raises(UserError, match="not finite"):
         spectrum(Factors(torch.ones(2, 3), B, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("share", "kept", "lost"),
+    [
+        (0, False, True),
+        (1e-9, True, True),
+        (0.5, True, True),
+        (1, True, False),
+        (1.01, False, False),
+    ]
+    + [(wrong, False, False) for wrong in (-0.1, math.nan, math.inf, True, "0.5", None)],
+)
+def test_a_share_that_is_kept_may_be_all_and_one_that_is_lost_none(
+    share: object, kept: bool, lost: bool
+) -> None:
+    assert ([*share_problems("energy", share)] == []) is kept
+    assert ([*share_problems("error", share, zero=True)] == []) is lost
+    for problem in share_problems("energy", share):
+        assert problem == f"energy must be a number above 0 and at most 1, got {share!r}."

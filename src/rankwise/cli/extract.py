@@ -82,7 +82,7 @@ def _text(found: Extraction) -> str:
 
 
 def _sentences(found: Extraction) -> list[str]:
-    same = f"{found.untouched} tensors are the same to the last bit and get nothing."
+    same = f"{found.untouched} tensors are the same and get nothing."
     told = [f"{len(found.layers)} linear layers differ; {same}", *_held(found)]
     if found.biases:
         told.append(f"{found.biases} biases differ; each is held exactly beside its update.")

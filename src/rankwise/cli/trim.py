@@ -96,9 +96,16 @@ def command(
 def _cut(
     adapter: str, promise: Promise | Prefix, out: str, wishes: Wishes, bench: Bench | None
 ) -> None:
-    from rankwise.io.trimming import trim_adapter
+    from rankwise.io.peft_alone_keys import ModelNeeded
+    from rankwise.io.trimming import trim_adapter, trim_on_model
 
-    made = trim_adapter(adapter, promise, out, wishes)
+    try:
+        made = trim_adapter(adapter, promise, out, wishes)
+    except ModelNeeded as needed:
+        from rankwise.train.bare import bare_base
+
+        model = bare_base(adapter, wishes.base, needed)
+        made = trim_on_model(adapter, promise, out, model, wishes)
     _show(made, promise)
     if bench is not None:
         print(_measured(made, bench))

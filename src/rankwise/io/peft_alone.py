@@ -13,13 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rankwise.errors import ArtifactError, UserError, gather
+from rankwise.errors import ArtifactError, gather
 from rankwise.io import files
 from rankwise.io.blueprint import Blueprint
 from rankwise.io.holding import FORMATS, demand
 from rankwise.io.json_files import read_json
 from rankwise.io.peft import WEIGHTS
-from rankwise.io.peft_alone_keys import ON_MODEL, Keys, sort_keys
+from rankwise.io.peft_alone_keys import ON_MODEL, Keys, ModelNeeded, sort_keys
 from rankwise.io.peft_config import CONFIG, PeftConfig, read_config
 from rankwise.io.peft_extras import Exact, bias_within
 from rankwise.io.peft_forms import Convolution, Form, Linear
@@ -61,8 +61,8 @@ def read_peft_alone(
     ``allow_pickle``.
 
     Raises:
-        UserError: there is no such folder or file, or it is a pickle that was not asked for, or
-            only the base or the model can make sense of some of it.
+        UserError: there is no such folder or file, or it is a pickle that was not asked for.
+        ModelNeeded: only the base or the model can make sense of some of it.
         ArtifactError: lists all that is wrong.
         EnvironmentFault: a file cannot be read.
     """
@@ -70,7 +70,7 @@ def read_peft_alone(
     config = read_config(home / CONFIG)
     raw = read_json(home / CONFIG)
     if config.by_rankwise or config.parameters:
-        raise UserError(
+        raise ModelNeeded(
             f"The adapter in '{home}' has updates of weights that only the model can tell, such as "
             f"banks of experts. Read it {ON_MODEL}."
         )
@@ -86,7 +86,7 @@ def read_peft_alone(
     problems.extend(_other_layout(shares, flat, config))
     gather(ArtifactError, f"The adapter in '{home}' cannot be used", problems)
     gather(
-        UserError,
+        ModelNeeded,
         f"The adapter in '{home}' cannot be read by itself. What --base does not tell is read "
         f"{ON_MODEL}",
         keys.needs,
@@ -114,14 +114,15 @@ def write_peft_alone(portable: Portable, folder: str | os.PathLike[str]) -> Port
     or not at all. Gives back what was written, with its notes.
 
     Raises:
-        UserError: lists what PEFT's files cannot hold, or cannot hold without the base.
+        UserError: lists what PEFT's files cannot hold.
+        ModelNeeded: lists what they cannot hold without the base.
         EnvironmentFault: the disk refuses.
     """
     demand(portable, FORMATS["peft"])
     begun = {n: f.r for n, f in portable.factors.items() if f.A0 is not None}
     portable = join_parts(without_starts(portable))
     problems = list(_biases_beyond(portable))
-    gather(UserError, "PEFT's files cannot hold this adapter without its base", problems)
+    gather(ModelNeeded, "PEFT's files cannot hold this adapter without its base", problems)
     packed = {n: form.pack({n: portable.factors[n]}) for n, form in _forms(portable).items()}
     tensors = {
         f"{PREFIX}{name}.{key}": tensor

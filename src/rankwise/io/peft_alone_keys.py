@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from rankwise.errors import UserError
 from rankwise.io.blueprint import Blueprint
 from rankwise.io.peft_extras import change
 from rankwise.io.peft_keys import named
@@ -16,7 +17,7 @@ from rankwise.io.sketch import agree
 from rankwise.io.tensors import shown
 from rankwise.io.weights import tensor_key
 
-__all__ = ["ON_MODEL", "Keys", "sort_keys"]
+__all__ = ["ON_MODEL", "Keys", "ModelNeeded", "sort_keys"]
 
 ON_MODEL = (
     "on its model, in Python: rankwise.load_adapter, then rankwise.adapter_of(model), which "
@@ -27,6 +28,10 @@ _KEY = re.compile(
     r"|(?P<magnitude>lora_magnitude_vector)|lora_B\.(?P<bias>bias))"
 )
 _TOKENS, _UNSUPPORTED = ".trainable_tokens_delta", ".lora_diag"
+
+
+class ModelNeeded(UserError):
+    """The files do not tell what an adapter is, or cannot hold it; on its model it can be read."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""trim_adapter: an adapter in any format cut to fewer ranks, as PEFT's folder, with no model."""
+"""trim_adapter: an adapter in any format cut to fewer ranks, as PEFT's folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankwise.errors import UserError
+from torch import nn
+
+from rankwise.io.adapters import save_adapter
 from rankwise.io.blueprint import blueprint
 from rankwise.io.convert import Wishes, read_any, refuse_place
+from rankwise.io.detect import home
 from rankwise.io.holding import FORMATS, demand
+from rankwise.io.peft import read_peft
 from rankwise.io.peft_alone import write_peft_alone
-from rankwise.io.peft_alone_keys import ON_MODEL
+from rankwise.io.peft_alone_keys import ON_MODEL, ModelNeeded
 from rankwise.io.portable import Portable
 from rankwise.methods.trimming import Prefix, Trimmed, trim
 from rankwise.spectrum import Energy, MaxError, Promise
 
-__all__ = ["TrimmedFolder", "trim_adapter"]
+__all__ = ["TrimmedFolder", "trim_adapter", "trim_on_model"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,14 @@ def trim_adapter(
 
     See :func:`rankwise.methods.trimming.trim`. Every update gets scale 1: lora_alpha is r, in
     rank_pattern and alpha_pattern alike, so that a reader that passes over the patterns still
-    computes with the right scale; a prefix keeps its own. ``out`` appears whole or not at all; an
-    existing folder is replaced when it is empty or holds an adapter and nothing else.
+    computes with the right scale; a prefix keeps its own. Cut factors are in float32 at least, so
+    that rounding does not break the promise; those of a prefix are the file's own numbers. ``out``
+    appears whole or not at all; an existing folder is replaced when it is empty or holds an adapter
+    and nothing else.
 
     Raises:
         UserError: the promise cannot be kept, or PEFT's files cannot hold the adapter.
+        ModelNeeded: only the model tells what the adapter is, see :func:`trim_on_model`.
         ArtifactError: lists all that is wrong with the files.
         EnvironmentFault: a file cannot be read, or the disk refuses.
     """
@@ -68,28 +75,57 @@ def trim_adapter(
         embeddings=before.embeddings & kept,
         kernels={n: k for n, k in before.kernels.items() if n in kept},
     )
-    written = write_peft_alone(after.noting(*_told(made, promise, out)), out)
+    notes = (*_told(before, made, promise), *_served(made, out))
+    written = write_peft_alone(after.noting(*notes), out)
     return TrimmedFolder(before, made, written.notes)
+
+
+def trim_on_model(
+    path: str | os.PathLike[str],
+    promise: Promise | Prefix,
+    out: str | os.PathLike[str],
+    model: nn.Module,
+    wishes: Wishes | None = None,
+) -> TrimmedFolder:
+    """:func:`trim_adapter` for PEFT's folder of an adapter that only its model tells.
+
+    Such are banks of experts, nn.MultiheadAttention, rows of embeddings, biases of layers that are
+    not adapted, and one update of two tied layers. ``model`` is the base; it is only looked at.
+
+    Raises:
+        UserError, ArtifactError, EnvironmentFault: as of :func:`trim_adapter`, and where the
+            adapter does not fit the model.
+    """
+    wishes = wishes or Wishes()
+    place = home(path)
+    refuse_place(Path(out), place)
+    adapter = read_peft(
+        place, model, allow_nonfinite=wishes.allow_nonfinite, allow_pickle=wishes.allow_pickle
+    )
+    before = Portable(adapter, notes=(f"read from '{place}' on the model",))
+    made = trim(adapter, promise)
+    save_adapter(model, out, adapter=made.adapter)
+    return TrimmedFolder(before, made, (*before.notes, *_told(before, made, promise)))
 
 
 def _refuse(before: Portable, promise: Promise | Prefix) -> None:
     """What a file can hold and cannot be cut in by itself."""
     remedy = f"Cut it {ON_MODEL}."
     if before.adapter.method.tied:
-        raise UserError(
+        raise ModelNeeded(
             "The adapter holds one update of two tied layers, and only the model ties them. "
             f"{remedy}"
         )
     if isinstance(promise, Prefix) and before.fused:
-        raise UserError(
+        raise ModelNeeded(
             f"The parts of '{before.fused[0]}' are one update in the file, so its first ranks are "
             f"not the first of each part. {remedy}"
         )
 
 
-def _told(made: Trimmed, promise: Promise | Prefix, out: str | os.PathLike[str]) -> list[str]:
-    """What a user of the folder should know."""
-    notes = list(_rounded(made, promise))
+def _told(before: Portable, made: Trimmed, promise: Promise | Prefix) -> list[str]:
+    """What a user of the cut adapter should know."""
+    notes = [*_widened(before, made), *_rounded(made, promise)]
     gone = [name for name, cut in made.cuts.items() if not cut.after]
     if gone:
         notes.append(
@@ -101,13 +137,30 @@ def _told(made: Trimmed, promise: Promise | Prefix, out: str | os.PathLike[str])
         notes.append(
             "DoRA: the errors are those of δ, before the rows are scaled to the magnitudes"
         )
+    return notes
+
+
+def _served(made: Trimmed, out: str | os.PathLike[str]) -> Iterator[str]:
+    """What a server may pass over."""
     ranks = {f.r for f in made.adapter.factors.values()}
     if len(ranks) > 1:
-        notes.append(
+        yield (
             f"ranks differ ({min(ranks)} to {max(ranks)}): PEFT reads rank_pattern; for a server "
             f"that does not: rankwise convert {out} --to peft --for vllm --out FOLDER"
         )
-    return notes
+
+
+def _widened(before: Portable, made: Trimmed) -> Iterator[str]:
+    """Where cut factors are in a longer dtype than those of the file."""
+    first, last = (
+        {str(f.B.dtype).removeprefix("torch.") for f in each.factors.values()}
+        for each in (before, made.adapter)
+    )
+    if short := sorted(first - last):
+        yield (
+            f"{', '.join(sorted(last))}: the file had {', '.join(short)}, and to round the cut "
+            "factors to it would add an error of its own; a number takes more bytes now"
+        )
 
 
 def _rounded(made: Trimmed, promise: Promise | Prefix) -> Iterator[str]:

@@ -17,7 +17,7 @@ from rankwise.lab.settings import (
 )
 
 __all__ = [
-    "Gap",
+    "GapClosed",
     "best_of",
     "between",
     "comparisons",
@@ -29,7 +29,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Gap:
+class GapClosed:
     """How much of the way from head-only training to full fine-tuning one setting covers.
 
     Formula: share = (q − q_head) / (q_full − q_head) for scores q; its noise is that of the three
@@ -71,7 +71,7 @@ def comparisons(usable: Sequence[Setting], reference: str | None = None) -> list
     return [] if found is None else against(found, [s for s in usable if s is not found])
 
 
-def gap_closed(usable: Sequence[Setting], made: Sequence[Comparison]) -> list[Gap]:
+def gap_closed(usable: Sequence[Setting], made: Sequence[Comparison]) -> list[GapClosed]:
     """The share of the gap that each LoRA setting covers, the smallest update first.
 
     Empty unless full fine-tuning is better than head-only training by more than the noise: a share
@@ -83,13 +83,13 @@ def gap_closed(usable: Sequence[Setting], made: Sequence[Comparison]) -> list[Ga
     if not between(full, head, made).clear or full.better_by(head) <= 0:
         return []
     width = full.better_by(head)
-    gaps: list[Gap] = []
+    found: list[GapClosed] = []
     for setting in smallest_first(usable):
         share = setting.better_by(head) / width
         weights = (1 / width, -share / width, (share - 1) / width)
         noise = noise_of(list(zip(weights, (setting, full, head), strict=True)))
-        gaps.append(Gap(setting, share, noise))
-    return gaps
+        found.append(GapClosed(setting, share, noise))
+    return found
 
 
 def between(one: Setting, two: Setting, made: Sequence[Comparison]) -> Comparison:

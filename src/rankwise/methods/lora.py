@@ -13,6 +13,7 @@ from rankwise.attaching import Addition, Plan
 from rankwise.errors import UserError, gather, nearest
 from rankwise.inits import Fitted, Init, Kaiming, LoftQ, Start
 from rankwise.layers import Spec, Split, is_wrapped, rounds_inputs
+from rankwise.lowrank import rank_problems
 from rankwise.methods.additions import (
     add_bias,
     add_low_rank,
@@ -151,8 +152,7 @@ class LoRA:
     def _number_problems(self) -> Iterable[str]:
         ranks = {"r": self.r, **{f"rank_pattern['{k}']": v for k, v in self.rank_pattern.items()}}
         for name, r in ranks.items():
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                yield f"{name} must be a whole number of 1 or more, got {r!r}."
+            yield from rank_problems(name, r)
         alphas = {f"alpha_pattern['{k}']": v for k, v in self.alpha_pattern.items()}
         if self.alpha is not None:
             alphas["alpha"] = self.alpha
@@ -179,9 +179,9 @@ class LoRA:
             yield from self._slot_problems(self.slot)
 
     def _slot_problems(self, slot: int) -> Iterable[str]:
-        if isinstance(slot, bool) or not isinstance(slot, int) or slot < 1:
-            yield f"slot must be a whole number of 1 or more, got {slot!r}."
-        elif (most := max([self.r, *self.rank_pattern.values()])) > slot:
+        wrong = [*rank_problems("slot", slot)]
+        yield from wrong
+        if not wrong and (most := max([self.r, *self.rank_pattern.values()])) > slot:
             yield f"slot={slot} has no room for rank {most}."
         clashes = {"dora": self.dora, "tied": self.tied, "freeze_A": self.freeze_A}
         for name in (n for n, on in clashes.items() if on):

@@ -10,7 +10,7 @@ import torch
 from rankwise.errors import UserError
 from rankwise.lowrank import Factors
 from rankwise.methods.adapter import Adapter
-from rankwise.methods.combining.sums import Gap, common_dtype, distance
+from rankwise.methods.combining.sums import Distance, common_dtype, distance
 from rankwise.methods.restate import restated
 from rankwise.spectrum import Allocation, Layer, Promise, spectrum
 
@@ -30,7 +30,7 @@ class Cut:
     before: int
     after: int
     predicted: float
-    measured: Gap
+    measured: Distance
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Trimmed:
     @property
     def error(self) -> float:
         """‖δ − δ_k‖ / ‖δ‖ over all weights together, of the factors that were made."""
-        return Gap.over(cut.measured for cut in self.cuts.values()).error
+        return Distance.over(cut.measured for cut in self.cuts.values()).error
 
     @property
     def parameters(self) -> int:
@@ -122,11 +122,11 @@ def _first(adapter: Adapter, k: int) -> Trimmed:
     factors = {n: _prefix(f, first_ranks(f.r, k, largest)) for n, f in adapter.factors.items()}
     cuts: dict[str, Cut] = {}
     for name, whole in adapter.factors.items():
-        gap = _gap(whole, factors[name].pair())
-        cuts[name] = Cut(whole.r, factors[name].r, gap.error, gap)
+        away = _away(whole, factors[name].pair())
+        cuts[name] = Cut(whole.r, factors[name].r, away.error, away)
     made = replace(adapter, method=restated(adapter.method, factors), factors=factors)
     parameters = sum(f.count() for f in factors.values())
-    error = Gap.over(cut.measured for cut in cuts.values()).error
+    error = Distance.over(cut.measured for cut in cuts.values()).error
     ranks = {name: f.r for name, f in factors.items()}
     return Trimmed(made, Allocation(ranks, parameters, error, error, optimal=True), cuts)
 
@@ -149,7 +149,7 @@ def _made(adapter: Adapter, ranks: Mapping[str, int]) -> tuple[Adapter, dict[str
             before=whole.r,
             after=ranks[name],
             predicted=spectrum(whole).error(ranks[name]),
-            measured=_gap(whole, factors.get(name)),
+            measured=_away(whole, factors.get(name)),
         )
         for name, whole in adapter.factors.items()
     }
@@ -164,7 +164,7 @@ def _shortened(factors: Factors, k: int) -> Factors:
     return Factors(whole.A.to(dtype).contiguous(), whole.B.to(dtype).contiguous(), 1.0)
 
 
-def _gap(whole: Factors, short: Factors | None) -> Gap:
+def _away(whole: Factors, short: Factors | None) -> Distance:
     if short is None:
         zero = torch.zeros_like(whole.B)
         short = Factors(whole.A, zero, 1.0)

@@ -10,7 +10,7 @@ from rankwise.spectrum.difference import (
     subtract,
 )
 from rankwise.spectrum.subspaces import Directions, amplification, chance, directions, similarity
-from rankwise.spectrum.values import Gap, Spectrum, spectrum
+from rankwise.spectrum.values import Gap, Spectrum, share_problems, spectrum
 
 __all__ = [
     "Allocation",
@@ -31,6 +31,7 @@ __all__ = [
     "frobenius",
     "nearest",
     "rounding_norm",
+    "share_problems",
     "similarity",
     "spectrum",
     "subtract",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rankwise.errors import UserError, gather
+from rankwise.lowrank import rank_problems
 from rankwise.spectrum.knapsack import Group, Solution, cheapest, finest
-from rankwise.spectrum.values import ROUNDING, Spectrum
+from rankwise.spectrum.values import ROUNDING, Spectrum, share_problems
 
 __all__ = ["Allocation", "Budget", "Energy", "Layer", "MaxError", "Promise", "Top"]
 
@@ -68,8 +69,7 @@ class Top:
     r: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise UserError(f"r must be a whole number of 1 or more, got {self.r!r}.")
+        gather(UserError, "Top", [*rank_problems("r", self.r)])
 
     def allocate(self, layers: Mapping[str, Layer]) -> Allocation:
         _something(layers)
@@ -88,7 +88,7 @@ class MaxError:
     error: float
 
     def __post_init__(self) -> None:
-        gather(UserError, "MaxError", [*_share_problems("error", self.error, zero=True)])
+        gather(UserError, "MaxError", [*share_problems("error", self.error, zero=True)])
 
     def allocate(self, layers: Mapping[str, Layer]) -> Allocation:
         return _fewest(layers, self.error**2)
@@ -101,7 +101,7 @@ class Energy:
     share: float
 
     def __post_init__(self) -> None:
-        gather(UserError, "Energy", [*_share_problems("share", self.share)])
+        gather(UserError, "Energy", [*share_problems("share", self.share)])
 
     def allocate(self, layers: Mapping[str, Layer]) -> Allocation:
         return _fewest(layers, 1 - self.share + ROUNDING)
@@ -184,10 +184,3 @@ def _something(layers: Mapping[str, Layer]) -> None:
             "Every update is zero, as before training, so there is no rank to choose. Name an "
             "adapter that was trained."
         )
-
-
-def _share_problems(name: str, share: float, *, zero: bool = False) -> Iterator[str]:
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not number or not (0 < share < 1 or share == (0 if zero else 1)):
-        most = "at least 0 and below 1" if zero else "above 0 and at most 1"
-        yield f"{name} must be a number {most}, got {share!r}."

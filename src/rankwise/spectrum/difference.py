@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankwise.errors import UserError
+from rankwise.errors import UserError, gather
 from rankwise.inits.spectral import leading, live
-from rankwise.lowrank import Factors
+from rankwise.lowrank import Factors, rank_problems
+from rankwise.spectrum.values import share_problems
 
 __all__ = ["Nearest", "chance_held", "frobenius", "nearest", "rounding_norm", "subtract"]
 
@@ -176,7 +177,7 @@ def _distance(delta: Tensor, factors: Factors) -> float:
 def _check(r: int | None, energy: float | None) -> None:
     if r is None and energy is None:
         raise UserError("Say which rank, or how much of the change to hold: r or energy.")
-    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        raise UserError(f"r must be a whole number of 1 or more, got {r!r}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise UserError(f"energy must be a number above 0 and at most 1, got {energy!r}.")
+    problems = [*rank_problems("r", r, optional=True)]
+    if energy is not None:
+        problems.extend(share_problems("energy", energy))
+    gather(UserError, "The nearest update", problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,7 +13,7 @@ import torch
 from rankwise.errors import UserError
 from rankwise.lowrank import Factors
 
-__all__ = ["Gap", "Spectrum", "spectrum"]
+__all__ = ["Gap", "Spectrum", "share_problems", "spectrum"]
 
 ROUNDING = 1e-12
 """Share of the energy that is rounding, so that it adds no rank."""
@@ -159,3 +160,13 @@ def finite(factors: Factors) -> Factors:
             "again with a lower learning rate, or leave it out."
         )
     return factors
+
+
+def share_problems(name: str, share: float, *, zero: bool = False) -> Iterator[str]:
+    """What is wrong with a share of this name: from above 0 to 1, or with ``zero`` from 0 to below
+    1, as of what is lost.
+    """
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not number or not (0 < share < 1 or share == (0 if zero else 1)):
+        most = "at least 0 and below 1" if zero else "above 0 and at most 1"
+        yield f"{name} must be a number {most}, got {share!r}."

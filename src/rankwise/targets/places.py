@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
-from rankwise.layers import Layout, LoRAHost, LoRALayer, Split, bare, is_conv1d, layouts
+from rankwise.layers import (
+    Layout,
+    LoRAHost,
+    LoRALayer,
+    Split,
+    bare,
+    dense_weight,
+    is_conv1d,
+    layouts,
+)
 from rankwise.targets.patterns import first_match
 
 __all__ = ["Site", "Target", "shared_weights", "sites", "targets_of"]
@@ -63,6 +72,13 @@ class Target:
     def name(self) -> str:
         """The module's name, and behind it the part's or the parameter's where it is not all."""
         return self.site.name + self.layout.suffix
+
+    def weight(self) -> Tensor:
+        """W0 (out, in), or (E, out, in) of a bank, of a module that no adapter is on."""
+        module, layout = self.site.base, self.layout
+        plain = layout.parameter == "weight"
+        stored = dense_weight(module) if plain else module.get_parameter(layout.parameter).detach()
+        return layout.cut(layout.matrix(stored))
 
 
 def sites(model: nn.Module) -> dict[str, Site]:

@@ -68,7 +68,7 @@ class Extraction:
         whole: modules saved whole, each with the reason and its parameters.
         biases: how many biases of linear layers differ.
         left_out: what differs and is not in the adapter.
-        untouched: how many tensors are the same to the last bit.
+        untouched: how many tensors are the same but for the number format.
     """
 
     layers: Mapping[str, LayerChange]
@@ -100,12 +100,11 @@ def extract(
     """Write the adapter that turns a base into what was fine-tuned from it, as near as it may.
 
     Every linear layer whose weight differs gets the nearest update of its rank
-    (:func:`rankwise.spectrum.nearest`); a layer that is the same to the last
-    bit of the shorter of the two formats gets none. Changed
-    biases of linear layers go beside their updates; what no update can hold, such as a changed
-    normalisation, an embedding or a head that the base does not have, is saved whole. The files
-    are read one tensor at a time, so that no more than both copies of the largest weight and its
-    change in float32 are held beside the adapter itself.
+    (:func:`rankwise.spectrum.nearest`); one that is the same but for its number format gets none.
+    Changed biases of linear layers go beside their updates; what no update can hold, such as a
+    changed normalisation, an embedding or a head that the base does not have, is saved whole. The
+    files are read one tensor at a time, so that no more than both copies of the largest weight and
+    its change in float32 are held beside the adapter itself.
 
     Args:
         base, tuned: folders of transformers models with safetensors, or names on a hub.

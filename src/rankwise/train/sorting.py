@@ -13,10 +13,14 @@ from rankwise.errors import ArtifactError, UserError, gather
 from rankwise.io.blueprint import Blueprint
 from rankwise.io.weights import tensor_key
 from rankwise.layers import is_conv1d
-from rankwise.spectrum import frobenius, subtract
+from rankwise.spectrum import frobenius, rounding_norm, subtract
 from rankwise.targets import find_head, shared_weights
 
 __all__ = ["Pair", "Sorted", "changed", "sort_tensors"]
+
+_AS_ROUNDING = 0.7
+"""Of the norm that rounding has on average: rounding hardly ever has less, and a change that shows
+in no entry of the shorter format hardly ever more."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Sorted:
         kept: by module saved whole, its tensors by full name and by their names in the file.
         loose: tensors that differ and belong to no module that can be saved.
         renamed: tensors that differ and that the files name otherwise than the model.
-        untouched: how many tensors are the same, to the last bit of the shorter format.
+        untouched: how many tensors are the same but for the number format.
         transposed: whether linear layers are stored (in, out).
     """
 
@@ -137,10 +141,17 @@ def _save_whole(owner: str, why: str, whole: dict[str, str], loose: list[str], n
         loose.append(name)
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether nothing but the format differs, as where a base in float32 was tuned in bfloat16."""
-    short = first.dtype if first.element_size() < second.element_size() else second.dtype
-    return torch.equal(first.to(short), second.to(short))
+def _same(base: Tensor, tuned: Tensor) -> bool:
+    """Whether nothing but the format differs, as where a base in float32 was tuned in bfloat16.
+
+    The base may also be the rounding of the weights that were tuned. Then they are as far apart as
+    rounding takes them; what is nearer was changed, by less than the base's last digit.
+    """
+    if torch.equal(base.to(tuned.dtype), tuned):
+        return True
+    if base.element_size() >= tuned.element_size() or not torch.equal(tuned.to(base.dtype), base):
+        return False
+    return frobenius(subtract(tuned, base)) > _AS_ROUNDING * rounding_norm(base)
 
 
 def _unchanged(key: str, base: Blueprint, tuned: Blueprint) -> bool:

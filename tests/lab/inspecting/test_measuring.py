@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import peft_models as small
+import rankwise as rw
 from foreign import load, peft_folder
 from rankwise.errors import ArtifactError, UserError
 from rankwise.io.blueprint import blueprint
@@ -22,6 +24,7 @@ from rankwise.io.peft_alone import read_peft_alone, write_peft_alone
 from rankwise.io.portable import Portable, assemble
 from rankwise.io.weights import base_weight
 from rankwise.lab.inspecting import inspect_adapter
+from rankwise.lab.inspecting.measuring import evidence, uncovered
 from rankwise.lowrank import Factors
 from rankwise.methods.adapter import Tokens
 from rankwise.train.run import fit
@@ -171,8 +174,6 @@ def test_an_untrained_layer_is_zero_and_nan_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_has_no_singular_values_is_told(tmp_path: Path) -> None:
-    from rankwise.lab.inspecting.measuring import uncovered
-
     factors = {"a.q": Factors(torch.randn(2, 20), torch.randn(16, 2), 1.0)}
     made = assemble(
         factors, magnitudes={"a.q": torch.ones(16)}, biases={"a.q.bias": torch.ones(16)}
@@ -181,3 +182,67 @@ def test_what_has_no_singular_values_is_told(tmp_path: Path) -> None:
     told = " ".join(uncovered(made))
     for words in ("1 updates have a magnitude", "1 trained biases", "3 trained rows"):
         assert words in told
+
+
+def test_rows_of_an_embedding_need_the_model_and_are_told(llama: Path, tmp_path: Path) -> None:
+    rows: dict[str, Any] = {"trainable_token_indices": [5, 17]}
+    peft_folder(llama, tmp_path / "rows", r=2, target_modules=["q_proj"], lora_alpha=4, **rows)
+    peft_folder(llama, tmp_path / "none", r=2, target_modules=["q_proj"], lora_alpha=4)
+    with pytest.raises(UserError, match=r"trained rows of an embedding.*--base MODEL"):
+        inspect_adapter(tmp_path / "rows")
+    wishes = Wishes(base=llama)
+    found = inspect_adapter(tmp_path / "rows", other=tmp_path / "none", wishes=wishes)
+    plain = inspect_adapter(tmp_path / "none", other=tmp_path / "none", wishes=wishes)
+    assert "not covered: 2 trained rows of embeddings." in found.notes
+    for a, b in zip(found.layers, plain.layers, strict=True):
+        assert a.spectrum.values == pytest.approx(b.spectrum.values, rel=1e-9)
+        assert a.base_norm == pytest.approx(b.base_norm, rel=1e-6)
+        assert a.amplification == pytest.approx(b.amplification, rel=1e-4)
+        assert (a.overlap, b.overlap) != (None, None)
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (small.Heads, ("first.q_proj", "second.out_proj")),
+        (small.Mixture, ("blocks.0.experts.up", "blocks.1.experts.flat")),
+        (lambda: small.Mixture(turned=True), ("blocks.0.experts.up", "router")),
+        (small.Convolutions, ("one", "three")),
+    ],
+)
+def test_a_model_gives_the_weights_that_files_do_not(build: Any, names: tuple[str, ...]) -> None:
+    """Attention, banks and convolutions, each weight of a bank by itself."""
+    model = small.make(build)
+    adapted = small.make(build)
+    rw.attach(adapted, small.lora(*names))
+    small.randomise(adapted)
+    portable = Portable(rw.adapter_of(adapted))
+    layers = {layer.name: layer for layer in evidence(portable, model, portable)}
+    assert set(layers) == set(names)
+    parameters = dict(model.named_parameters())
+    for name, layer in layers.items():
+        f = portable.factors[name]
+        weight = parameters.get(name, parameters.get(f"{name}.weight"))
+        if name == "first.q_proj":
+            weight = parameters["first.in_proj_weight"][:16]
+        assert weight is not None
+        w = weight.detach().double()
+        stored = (
+            (w.mT if f.bank and model.blocks[0].experts.is_transposed else w)
+            .reshape(f.bank or 1, f.out_features, f.in_features)
+            .numpy()
+        )
+        deltas = f.delta().double().reshape(stored.shape).numpy()
+        u, s, vh = np.linalg.svd(deltas, full_matrices=False)
+        r = f.r
+        values = np.sqrt((s[:, :r] ** 2).sum(0))
+        np.testing.assert_allclose(layer.spectrum.values, values, rtol=1e-5)
+        assert layer.base_norm == pytest.approx(np.linalg.norm(stored), rel=1e-6)
+        along = u[:, :, :r].transpose(0, 2, 1) @ stored @ vh[:, :r].transpose(0, 2, 1)
+        wanted = np.linalg.norm(deltas) / np.linalg.norm(along)
+        assert layer.amplification == pytest.approx(wanted, rel=1e-4)
+        assert layer.overlap is not None
+        assert layer.overlap.reads == pytest.approx(1)
+        assert np.array(layer.overlap.grid).shape == (r, r)
+    banks = [note for note in uncovered(portable.adapter) if note.startswith("banks: ")]
+    assert bool(banks) == any(f.bank for f in portable.factors.values())

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from rankwise.errors import UserError
 from rankwise.lowrank import Factors
-from rankwise.methods.combining.sums import SVD, Concatenate, Gap, distance
+from rankwise.methods.combining.sums import SVD, Concatenate, Distance, distance
 
 SIZES = st.integers(1, 9)
 WEIGHTS = st.floats(-3, 3).filter(lambda w: abs(w) > 1e-3)
@@ -48,8 +48,8 @@ def most(parts: Sequence[Factors]) -> int:
     return min(sum(p.r for p in parts), parts[0].out_features, parts[0].in_features)
 
 
-def measured(wanted: np.ndarray, factors: Factors) -> Gap:
-    return Gap(np.linalg.norm(wanted).item(), np.linalg.norm(wanted - dense(factors)).item())
+def measured(wanted: np.ndarray, factors: Factors) -> Distance:
+    return Distance(np.linalg.norm(wanted).item(), np.linalg.norm(wanted - dense(factors)).item())
 
 
 # --- concatenation -------------------------------------------------------------------------------
@@ -177,17 +177,17 @@ class Sizes(TorchDispatchMode):
 def test_the_error_over_several_weights_is_that_of_their_one_long_vector():
     wanted, found = np.random.randn(3, 7), np.random.randn(3, 7)
     gaps = [
-        Gap(np.linalg.norm(w).item(), np.linalg.norm(w - f).item())
+        Distance(np.linalg.norm(w).item(), np.linalg.norm(w - f).item())
         for w, f in zip(wanted, found, strict=True)
     ]
     expected = np.linalg.norm(wanted - found) / np.linalg.norm(wanted)
-    assert Gap.over(gaps).error == pytest.approx(expected)
+    assert Distance.over(gaps).error == pytest.approx(expected)
 
 
 def test_nothing_lost_of_nothing_is_no_error_and_anything_lost_of_nothing_is_infinite():
-    assert Gap(0.0, 0.0).error == 0.0
-    assert Gap(0.0, 1.0).error == float("inf")
-    assert Gap.over([]).error == 0.0
+    assert Distance(0.0, 0.0).error == 0.0
+    assert Distance(0.0, 1.0).error == float("inf")
+    assert Distance.over([]).error == 0.0
 
 
 def test_the_distance_to_any_update_is_measured():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.errors import UserError, gather
 from rankwise.io.blueprint import Blueprint, blueprint
 from rankwise.io.convert import Wishes, read_any
+from rankwise.io.detect import home
+from rankwise.io.peft import read_peft
+from rankwise.io.peft_alone_keys import ModelNeeded
 from rankwise.io.portable import Portable
 from rankwise.io.weights import base_weight
 from rankwise.lab import words
@@ -25,6 +28,8 @@ from rankwise.spectrum import (
     similarity,
     spectrum,
 )
+from rankwise.targets import targets_of
+from rankwise.train.bare import bare_base
 from rankwise.train.snapshot import base_of_run, local_folder
 
 __all__ = ["evidence", "inspect_adapter"]
@@ -39,19 +44,27 @@ def inspect_adapter(
     """Read an adapter in any format that Rankwise reads, or a run's, and measure every update.
 
     With the base (``wishes.base``; a run's own when it lies on this machine, in a folder or in the
-    cache of the hub) also ‖W0‖ and the amplification; W0 is read one weight at a time. With
-    ``other``, an adapter of the same base, also how alike their directions are.
+    cache of the hub) also ‖W0‖ and the amplification; W0 is read one weight at a time. Where only
+    the model tells what the adapter is (experts, nn.MultiheadAttention, rows of embeddings), the
+    base is loaded as a whole. With ``other``, an adapter of the same base, also how alike their
+    directions are.
 
     Raises:
-        UserError: there is no adapter, or the base or the other adapter is of another model.
+        UserError: there is no adapter, or the base or the other adapter is of another model, or
+            only the model tells what the adapter is and no base is known.
         ArtifactError: a file is damaged, or holds numbers that are not finite.
         EnvironmentFault: a package is missing, or a file cannot be read.
     """
     wishes = wishes or Wishes()
     named, place, given = _base(path, wishes)
     base = None if place is None else blueprint(place)
-    portable = read_any(path, wishes, base)
-    beside = None if other is None else read_any(other, wishes, base)
+    try:
+        portable = read_any(path, wishes, base)
+        beside = None if other is None else read_any(other, wishes, base)
+    except ModelNeeded as needed:
+        base = bare_base(path, place, needed)
+        portable = _on_model(path, wishes, base)
+        beside = None if other is None else _on_model(other, wishes, base)
     if beside is not None:
         _refuse_strangers(portable, beside, str(other))
     layers = tuple(evidence(portable, base, beside, strict=given))
@@ -67,7 +80,7 @@ def inspect_adapter(
 
 def evidence(
     portable: Portable,
-    base: Blueprint | None = None,
+    base: Blueprint | nn.Module | None = None,
     other: Portable | None = None,
     *,
     strict: bool = True,
@@ -77,6 +90,7 @@ def evidence(
     Raises:
         UserError: the base has no weight of a layer, unless not ``strict``.
     """
+    weight_of = _weights(portable, base, strict)
     for name, factors in portable.factors.items():
         found = LayerEvidence(
             name=name,
@@ -88,7 +102,7 @@ def evidence(
             spectrum=spectrum(factors),
         )
         where = directions(factors)
-        weight = None if base is None else _weight(portable, name, base, strict)
+        weight = weight_of(name)
         if weight is not None:
             norm = float(weight.double().norm())
             found = replace(found, base_norm=norm, amplification=amplification(where, weight))
@@ -99,6 +113,13 @@ def evidence(
 
 def uncovered(adapter: Adapter) -> Iterator[str]:
     """What of an adapter its singular values do not show, one sentence each."""
+    banks = [name for name, f in adapter.factors.items() if f.bank is not None]
+    if banks:
+        yield (
+            f"banks: {words.count(len(banks), 'update')} ('{banks[0]}') of a bank of weights each, "
+            "which have one rank; the i-th singular value is the root of the sum of squares of "
+            "theirs."
+        )
     if adapter.magnitudes:
         yield (
             f"DoRA: {len(adapter.magnitudes)} updates have a magnitude m. The numbers are of δ, "
@@ -121,17 +142,36 @@ def _base(path: str | os.PathLike[str], wishes: Wishes) -> tuple[str | None, Pat
     return (None, None, False) if own is None else (*own, False)
 
 
-def _weight(portable: Portable, name: str, base: Blueprint, strict: bool) -> Tensor | None:
-    try:
-        return base_weight(portable, name, base)
-    except UserError:
-        if strict:
-            raise
-        return None
+def _on_model(path: str | os.PathLike[str], wishes: Wishes, model: nn.Module) -> Portable:
+    place = home(path)
+    adapter = read_peft(
+        place, model, allow_nonfinite=wishes.allow_nonfinite, allow_pickle=wishes.allow_pickle
+    )
+    return Portable(adapter, notes=(f"read from '{place}' on the model",))
+
+
+def _weights(
+    portable: Portable, base: Blueprint | nn.Module | None, strict: bool
+) -> Callable[[str], Tensor | None]:
+    """How W0 of a layer is had, as (out, in) or (E, out, in); None where it is not there."""
+    whole = isinstance(base, nn.Module)
+    targets = targets_of(base, portable.adapter.method.split) if whole else {}
+
+    def read(name: str) -> Tensor | None:
+        if not isinstance(base, Blueprint):
+            return targets[name].weight() if name in targets else None
+        try:
+            return base_weight(portable, name, base)
+        except UserError:
+            if strict:
+                raise
+            return None
+
+    return read
 
 
 def _unseen(
-    named: str | None, base: Blueprint | None, layers: Sequence[LayerEvidence]
+    named: str | None, base: Blueprint | nn.Module | None, layers: Sequence[LayerEvidence]
 ) -> Iterator[str]:
     """Why ‖W0‖ is not told, of the whole adapter or of some layers."""
     if named is not None and base is None:
@@ -140,7 +180,7 @@ def _unseen(
             "machine; name it by --base."
         )
     lacking = [layer.name for layer in layers if layer.base_norm is None]
-    if base is not None and lacking:
+    if isinstance(base, Blueprint) and lacking:
         yield (
             f"no ‖W0‖ and no amplification of {words.count(len(lacking), 'layer')} "
             f"('{lacking[0]}'): {base.where} has no weight of that name."
@@ -168,8 +208,8 @@ def _overlap(first: Directions, second: Directions) -> Overlap | None:
     i, j = first.values.shape[-1], second.values.shape[-1]
     if not i or not j:
         return None
-    reads = similarity(first.right, second.right)
-    writes = similarity(first.left, second.left)
+    reads = _alike(first.right, second.right)
+    writes = _alike(first.left, second.left)
     return Overlap(
         first=i,
         second=j,
@@ -180,3 +220,9 @@ def _overlap(first: Directions, second: Directions) -> Overlap | None:
         chance=chance(i, j, first.right.shape[-2]),
         grid=tuple(tuple(row) for row in reads.tolist()),
     )
+
+
+def _alike(first: Tensor, second: Tensor) -> Tensor:
+    """φ(i, j) (I, J); of a bank the mean over its weights."""
+    found = similarity(first, second)
+    return found if found.ndim == 2 else found.mean(dim=0)

@@ -2,7 +2,7 @@
 
 from rankwise.methods.combining.adapters import Combined, combine
 from rankwise.methods.combining.sparse import DARE, TIES, Magnitude, Majority
-from rankwise.methods.combining.sums import SVD, Combination, Concatenate, Gap, Joined
+from rankwise.methods.combining.sums import SVD, Combination, Concatenate, Distance, Joined
 
 __all__ = [
     "DARE",
@@ -11,7 +11,7 @@ __all__ = [
     "Combination",
     "Combined",
     "Concatenate",
-    "Gap",
+    "Distance",
     "Joined",
     "Magnitude",
     "Majority",

@@ -14,7 +14,7 @@ from rankwise.errors import UserError, gather
 from rankwise.lowrank import Factors
 from rankwise.methods.adapter import Adapter, Tokens
 from rankwise.methods.combining.agreement import disagreements, kept_modules
-from rankwise.methods.combining.sums import Combination, Concatenate, Gap
+from rankwise.methods.combining.sums import Combination, Concatenate, Distance
 from rankwise.methods.lora import LoRA
 from rankwise.methods.restate import exactly, restated
 
@@ -35,8 +35,8 @@ class Combined:
     """
 
     adapter: Adapter
-    cuts: Mapping[str, Gap]
-    shifts: Mapping[str, Gap]
+    cuts: Mapping[str, Distance]
+    shifts: Mapping[str, Distance]
 
     @property
     def errors(self) -> dict[str, float]:
@@ -44,17 +44,17 @@ class Combined:
 
         T is Σ w_i δ_i for a sum, and what TIES, DARE or pruning make of the δ_i otherwise.
         """
-        return {name: gap.error for name, gap in self.cuts.items()}
+        return {name: cut.error for name, cut in self.cuts.items()}
 
     @property
     def error(self) -> float:
         """The same over all adapted names, as if they were one long vector."""
-        return Gap.over(self.cuts.values()).error
+        return Distance.over(self.cuts.values()).error
 
     @property
     def shift(self) -> float:
         """‖Σ w_i δ_i − δ‖ / ‖Σ w_i δ_i‖ over all adapted names; of a sum it is the error."""
-        return Gap.over(self.shifts.values()).error
+        return Distance.over(self.shifts.values()).error
 
 
 def combine(

@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import UserError, gather
-from rankwise.lowrank import Factors
+from rankwise.lowrank import Factors, rank_problems
 from rankwise.methods.combining.sums import (
-    Gap,
+    Distance,
     Joined,
     common_dtype,
     distance,
-    rank_problems,
-    share_problems,
     widest,
 )
+from rankwise.spectrum import share_problems
 
 __all__ = ["DARE", "TIES", "Magnitude", "Majority"]
 
@@ -154,7 +153,7 @@ class DARE:
 
 def _problems(density: float, r: int | None) -> Iterable[str]:
     yield from share_problems("density", density)
-    yield from rank_problems(r)
+    yield from rank_problems("r", r, optional=True)
 
 
 def _join(
@@ -179,7 +178,7 @@ def _join(
             for e in range(bank)
         ]
         stacked = torch.stack([f.A for f, _ in each]), torch.stack([f.B for f, _ in each])
-        factors, cut = Factors(*stacked, 1.0), Gap.over(gap for _, gap in each)
+        factors, cut = Factors(*stacked, 1.0), Distance.over(away for _, away in each)
     return Joined(factors, cut, distance(parts, factors))
 
 
@@ -232,7 +231,7 @@ def _agreeing(sources: Sequence[Source], majority: Majority) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def _cut(dense: Tensor, k: int) -> tuple[Factors, Gap]:
+def _cut(dense: Tensor, k: int) -> tuple[Factors, Distance]:
     """The best approximation of rank k or full rank of a dense matrix, and what it misses.
 
     With U_k the first k eigenvectors of T Tᵀ, T_k = U_k (U_kᵀ T), which is that of the SVD
@@ -251,7 +250,7 @@ def _cut(dense: Tensor, k: int) -> tuple[Factors, Gap]:
     factors = Factors(right, left, 1.0) if lying else Factors(left.mT, right.mT, 1.0)
     factors = Factors(factors.A.contiguous(), factors.B.contiguous(), 1.0)
     missed = dense - factors.delta()
-    return factors, Gap(_norm(dense), _norm(missed))
+    return factors, Distance(_norm(dense), _norm(missed))
 
 
 def _norm(dense: Tensor) -> float:

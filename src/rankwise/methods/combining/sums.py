@@ -11,13 +11,14 @@ from typing import Protocol
 import torch
 
 from rankwise.errors import UserError, gather
-from rankwise.lowrank import Factors
+from rankwise.lowrank import Factors, rank_problems
+from rankwise.spectrum import share_problems
 
-__all__ = ["SVD", "Combination", "Concatenate", "Gap", "Joined", "common_dtype", "distance"]
+__all__ = ["SVD", "Combination", "Concatenate", "Distance", "Joined", "common_dtype", "distance"]
 
 
 @dataclass(frozen=True)
-class Gap:
+class Distance:
     """How far an update is from the one that was wanted, in Frobenius norms.
 
     Attributes:
@@ -36,10 +37,10 @@ class Gap:
         return self.lost / self.wanted
 
     @staticmethod
-    def over(gaps: Iterable[Gap]) -> Gap:
+    def over(distances: Iterable[Distance]) -> Distance:
         """Many weights as one: the roots of the sums of squares."""
-        each = list(gaps)
-        return Gap(math.hypot(*(g.wanted for g in each)), math.hypot(*(g.lost for g in each)))
+        each = list(distances)
+        return Distance(math.hypot(*(d.wanted for d in each)), math.hypot(*(d.lost for d in each)))
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Joined:
     """
 
     factors: Factors
-    cut: Gap
-    shift: Gap
+    cut: Distance
+    shift: Distance
 
 
 class Combination(Protocol):
@@ -105,7 +106,7 @@ class SVD:
     energy: float | None = None
 
     def __post_init__(self) -> None:
-        problems = [*rank_problems(self.r)]
+        problems = [*rank_problems("r", self.r, optional=True)]
         if self.energy is not None:
             problems.extend(share_problems("energy", self.energy))
         gather(UserError, "SVD", problems)
@@ -127,19 +128,6 @@ class SVD:
         return min(limit, int(enough.int().argmax()) + 1)
 
 
-def rank_problems(r: object) -> Iterable[str]:
-    """What is wrong with a rank that may be None."""
-    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        yield f"r must be a whole number of 1 or more, or None, got {r!r}."
-
-
-def share_problems(name: str, share: float) -> Iterable[str]:
-    """What is wrong with a share of something."""
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not (number and 0 < share <= 1):
-        yield f"{name} must be a number above 0 and at most 1, got {share!r}."
-
-
 def widest(parts: Sequence[Factors]) -> int:
     """The largest rank among the updates."""
     return max(part.r for part in parts)
@@ -151,9 +139,9 @@ def common_dtype(parts: Sequence[Factors]) -> torch.dtype:
     return reduce(torch.promote_types, every, torch.float32)
 
 
-def distance(parts: Sequence[Factors], delta: Factors) -> Gap:
+def distance(parts: Sequence[Factors], delta: Factors) -> Distance:
     """From the plain sum of the parts to δ, without a dense matrix."""
-    return _gap(_stack(parts), delta)
+    return _away(_stack(parts), delta)
 
 
 def _stack(parts: Sequence[Factors]) -> Factors:
@@ -168,9 +156,9 @@ def _most(factors: Factors) -> int:
     return min(factors.r, factors.out_features, factors.in_features)
 
 
-def _gap(total: Factors, delta: Factors) -> Gap:
+def _away(total: Factors, delta: Factors) -> Distance:
     rest = _stack((total, Factors(delta.A, delta.B, -delta.scale)))
-    return Gap(_norm(total), _norm(rest))
+    return Distance(_norm(total), _norm(rest))
 
 
 def _norm(factors: Factors) -> float:
@@ -181,5 +169,5 @@ def _norm(factors: Factors) -> float:
 def _measured(total: Factors, short: Factors, parts: Sequence[Factors]) -> Joined:
     dtype = common_dtype(parts)
     factors = Factors(short.A.to(dtype).contiguous(), short.B.to(dtype).contiguous(), 1.0)
-    gap = _gap(total, factors)
-    return Joined(factors, gap, gap)
+    away = _away(total, factors)
+    return Joined(factors, away, away)
