@@ -153,3 +153,9 @@ def test_a_decoder_layer_keeps_the_effect():
         evaluated = layer(x, memory)
     assert (evaluated - plain).abs().max() > 0.05
     torch.testing.assert_close(evaluated, layer.train()(x, memory), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_without_padding_is_refused_with_the_way_out():
+    layer = adapt(nn.Sequential(nn.Linear(WIDTH, 4)), "0")
+    with pytest.raises(UserError, match=r"a nested tensor.*enable_nested_tensor=False"):
+        layer(torch.nested.nested_tensor([torch.randn(n, WIDTH) for n in (2, 3)]))

@@ -103,6 +103,28 @@ def test_dropout_keeps_the_mean_and_spares_the_frozen_layer():
     assert len(added.unique(dim=0)) == 2**4  # each input is kept or dropped by itself
 
 
+def test_dropout_draws_the_same_with_and_without_gradients():
+    """As reentrant checkpointing needs, which runs a layer once without and once with them."""
+    layer, x = frozen(5, 7), tensor(2, 7, 3, grad=False).mT
+    branch = Branch(tensor(2, 7), tensor(5, 2), SCALE, 0.5)
+    found: list[Tensor] = []
+    for context in (torch.enable_grad(), torch.no_grad()):
+        torch.manual_seed(3)
+        with context:
+            found.append(adapted_linear(layer, x, [branch]))
+    assert torch.equal(*found)
+
+
+def test_backward_under_autocast_keeps_the_dtype_of_forward():
+    layer, x = frozen(5, 7, torch.float32), tensor(6, 7, dtype=torch.float32)
+    A, B = tensor(2, 7, dtype=torch.float32), tensor(5, 2, dtype=torch.float32)
+    y = adapted_linear(layer, x, [Branch(A, B, SCALE)])
+    wanted = torch.autograd.grad(y.sum(), (x, A, B), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), (x, A, B))
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("trains", ["x", "A", "B", "AB"])
 def test_only_what_needs_a_gradient_gets_one(trains: str):
     layer, x = frozen(5, 7), tensor(6, 7, grad="x" in trains)

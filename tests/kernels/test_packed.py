@@ -79,11 +79,18 @@ def _in_training(module: nn.Linear) -> None:
     module.weight.requires_grad_()
 
 
+def _bias_in_training(module: nn.Linear) -> None:
+    module.bias.requires_grad_()
+
+
 def _widened(module: nn.Linear) -> None:
     module.double()
 
 
-@pytest.mark.parametrize("change", [_written, _replaced, _swapped, _loaded, _in_training, _widened])
+CHANGES = [_written, _replaced, _swapped, _loaded, _in_training, _bias_in_training, _widened]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_weight_that_changes_is_computed_plainly(change: Callable[[nn.Linear], None]):
     module = layer()
     packed = PackedLinear(module, 6)
@@ -128,6 +135,22 @@ def test_a_copy_of_the_module_packs_its_own_weight(again: Callable[[nn.Module], 
     assert torch.equal(twin(x), twin.bias.expand(3, 40))
 
 
+def test_what_traces_a_packed_layer_follows_the_plain_product():
+    module, x = nn.Sequential(layer()), torch.randn(3, 24)
+    module[0].forward = PackedLinear(module[0], 6)
+    wanted = module(x)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    exported = torch.export.export(module, (x,), strict=False).module()
+    for traced in (compiled, exported):
+        torch.testing.assert_close(traced(x), wanted)
+
+
+def test_its_input_may_be_named_as_that_of_a_linear_layer():
+    module, x = layer(), torch.randn(3, 24)
+    module.forward = PackedLinear(module, 6)
+    assert torch.equal(module(input=x), module(x))
+
+
 def test_second_derivatives_are_those_of_the_plain_product():
     module = layer()
     packed = PackedLinear(module, 6)
@@ -144,3 +167,5 @@ def test_what_cannot_be_packed():
     assert not can_pack(torch.zeros(3, 3, device="meta"))
     assert not can_pack(torch.zeros(0, 3))
     assert not can_pack(torch.zeros(3))
+    with torch.inference_mode():
+        assert not can_pack(torch.zeros(3, 3))

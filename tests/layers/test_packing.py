@@ -94,6 +94,19 @@ def test_by_measurement_what_is_slower_stays_plain() -> None:
     assert packed == wanted
 
 
+def test_called_again_it_packs_what_was_written_since() -> None:
+    made, x = model(), torch.randn(5, 16)
+    first = rw.optimize_frozen(made, rows=5, measure=False)
+    made.out.weight.mul_(2)
+    wanted = made(x)
+    assert rw.optimize_frozen(made, rows=5, measure=False) == first
+    with torch.profiler.profile() as profile:
+        found = made(x)
+    torch.testing.assert_close(found, wanted)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] == 4
+
+
 def test_rows_below_one_are_refused() -> None:
     with pytest.raises(rw.UserError, match="rows must be 1 or more, got 0"):
         rw.optimize_frozen(model(), rows=0)

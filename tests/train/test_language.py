@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rankwise as rw
+from rankwise.attaching import low_rank_updates
 from rankwise.data.encode import Encoded
 from rankwise.train import language
 from rankwise.train.language import POSITIONS, positions, row_losses, summed_loss
@@ -137,6 +138,18 @@ def test_losses_and_gradients_are_those_of_all_logits(make: Callable[[], Any], n
     assert wanted[2] == 0  # the row without targets
     del batch[POSITIONS]  # which are then looked for
     assert torch.equal(summed_loss(model, batch), loss)
+
+
+def test_an_update_that_the_output_layer_shares_gets_the_gradient_from_there_as_well() -> None:
+    model, batch = llama(tie_word_embeddings=True), batch_of()
+    rw.attach(model, rw.LoRA(r=4, target_modules=["embed_tokens"], tied=True, head="freeze"))
+    for update in low_rank_updates(model).values():
+        nn.init.normal_(update.lora_A, std=0.1)
+    expected = gradients(model, whole(model, batch).sum())
+    found = gradients(model, summed_loss(model, batch))
+    assert found.keys() == expected.keys()
+    for key, grad in found.items():
+        assert (grad - expected[key]).norm() <= 1e-5 * expected[key].norm(), key
 
 
 @pytest.mark.parametrize("name", ["layers", "output layer"])

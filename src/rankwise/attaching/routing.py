@@ -25,8 +25,9 @@ def using_rows(model: nn.Module, names: Sequence[Way]) -> Generator[nn.Module]:
 
     The frozen layers run once on the whole batch; an adapter's updates run on its rows alone, and
     so does its trained copy of a head. A row gives what it gives with its adapter alone (unless the
-    base mixes rows, as batch normalisation does in training), and gradients flow to each adapter
-    from its rows alone, so several of them, of different ranks and rates, train in one pass.
+    base mixes rows, as batch normalisation does in training, or an adapter holds numbers that are
+    not finite), and gradients flow to each adapter from its rows alone, so several of them, of
+    different ranks and rates, train in one pass.
 
     Rows of one adapter that lie beside each other are read as a view, others are copied: sort a
     batch by its adapters. Backward may come after the block, but not where activations are

@@ -121,7 +121,7 @@ def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Ten
     """
     if not torch.is_grad_enabled():
         if x.numel() <= _FEW * x.shape[-1]:
-            if len(branches) == 1 and branches[0].rows is None:
+            if len(branches) == 1 and branches[0].rows is None and branches[0].dropout == 0.0:
                 return _few(frozen, x, *branches)
             if all(b.rows is not None and b.dropout == 0.0 for b in branches):
                 return _few_by_rows(frozen, x, branches)
@@ -132,14 +132,12 @@ def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Ten
 
 def _few(frozen: Frozen, x: Tensor, branch: Branch) -> Tensor:
     """y without gradients, for so few rows that the calls cost more than the products."""
-    A, B, scale, dropout, _, _ = branch
+    A, B = branch.A, branch.B
     y = frozen.forward(x)
-    if dropout > 0.0:
-        x = F.dropout(x, dropout)
     if A.dtype is not x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
     down = F.linear(x.reshape(-1, x.shape[-1]), A)
-    branch.part(y.view(-1, y.shape[-1])).addmm_(down, B.T, alpha=scale)
+    branch.part(y.view(-1, y.shape[-1])).addmm_(down, B.T, alpha=branch.scale)
     return y
 
 
@@ -220,10 +218,17 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        if not (_any_autocast() and _autocast_on(grad.device.type)):
+            return _AdaptedLinear._gradients(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):  # as it was in forward
+            return _AdaptedLinear._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         branches: tuple[Branch, ...] = ctx.branches
         need_x, train_A, train_B = _needs(ctx)
         x, _, *saved = ctx.saved_tensors  # reading them checks that none was written since
-        (grad,) = grads
         dy = grad.reshape(-1, grad.shape[-1])
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         dx = ctx.frozen.backward(dy) if need_x else None

@@ -16,9 +16,12 @@ __all__ = ["PackedLinear", "can_pack"]
 def can_pack(weight: Tensor) -> bool:
     """Whether torch and this processor can pack a weight like this one.
 
-    It is float32, or bfloat16 on a processor with instructions for it, and on a CPU.
+    It is float32, or bfloat16 on a processor with instructions for it, and on a CPU. One that was
+    made in torch's inference mode is not: nothing tells there when it is written.
     """
     if not torch.backends.mkldnn.is_available() or weight.device.type != "cpu":
+        return False
+    if weight.is_inference():
         return False
     half = weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (half or weight.dtype is torch.float32) and weight.ndim == 2 and weight.numel() > 0
@@ -32,8 +35,9 @@ class PackedLinear:
     made in another order than in the plain product, so that the result differs by a few roundings.
 
     The weight stays where it is, plain, in its module. When it has been written or replaced since,
-    trains, or is on another device or in another dtype, the plain products are computed. A copy of
-    a model packs anew.
+    it or the bias trains, or it is on another device or in another dtype, the plain products are
+    computed; so they are under autocast, in torch.func and while torch.compile traces. A copy of a
+    model packs anew. A write into ``weight.data`` goes unseen, as it does by autograd.
 
     Args:
         module: holds ``weight`` (out, in), frozen, and ``bias`` (out,) or None; it is an nn.Linear
@@ -47,14 +51,14 @@ class PackedLinear:
         self.turned = turned
         self._packs: tuple[tuple[object, ...], Tensor, Tensor, Tensor] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, used by keyword
         """The layer by itself, without updates: what stands for the ``forward`` of its module."""
         plain = self.plain
-        if self._current() is None or not can_fuse(x, plain.weight):
-            return plain.forward(x)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.forward(x)
-        return _Alone.apply(x, self)
+        if not can_fuse(input, plain.weight) or self._current() is None:
+            return plain.forward(input)
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return self.forward(input)
+        return _Alone.apply(input, self)
 
     @property
     def plain(self) -> PlainLinear:
@@ -87,8 +91,8 @@ class PackedLinear:
 
     def _current(self) -> tuple[Tensor, Tensor] | None:
         """The packed W and Wᵀ; None where the weight is no longer the one that was packed."""
-        weight = vars(self.module)["_parameters"].get("weight")
-        if weight is None or weight.requires_grad:
+        weight, bias = (vars(self.module)["_parameters"].get(n) for n in ("weight", "bias"))
+        if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         state = (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._packs is None:

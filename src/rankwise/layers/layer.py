@@ -239,6 +239,11 @@ class LoRALinear(LoRAWrapper):
         return layout_of(self.base_layer).out_features
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, used by keyword
+        if input.is_nested:
+            raise UserError(
+                "An adapted linear layer was given a nested tensor and takes padded batches: build "
+                "nn.TransformerEncoder with enable_nested_tensor=False."
+            )
         base = self._modules["base_layer"]
         assert base is not None
         frozen = frozen_linear(base)

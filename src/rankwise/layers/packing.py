@@ -38,13 +38,15 @@ def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True)
     """Let the frozen linear layers of a model compute by the fastest kernels of this machine.
 
     Candidates are torch's plain product and, on a CPU, oneDNN's with a weight that is packed once
-    (:class:`rankwise.kernels.PackedLinear`); they are measured here, in well under a second for
+    (:class:`rankwise.kernels.PackedLinear`); they are measured here, by some twenty products for
     each shape that the model has, and the packed ones are taken where they are faster. All frozen
     nn.Linear and Conv1D take part, adapted or not. Packed kernels sum in another order: outputs
     differ by a few roundings. Packing costs twice the bytes of the weights it is used for.
 
     Parameters, state dict, classes and adapters stay as they are, and a weight that is written or
-    begins to train later is computed plainly from then on. :func:`restore_frozen` is the inverse.
+    begins to train later is computed plainly from then on; but a write into ``weight.data`` goes
+    unseen, as it does by autograd: restore before one. Called again, it chooses anew.
+    :func:`restore_frozen` is the inverse.
 
     Args:
         model: with its frozen parameters not requiring gradients, as after
@@ -57,6 +59,7 @@ def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True)
     """
     if rows < 1:
         raise UserError(f"optimize_frozen: rows must be 1 or more, got {rows}.")
+    restore_frozen(model)
     ratios: dict[tuple[int, int], float] = {}
     chosen: list[str] = []
     size = 0
@@ -76,7 +79,10 @@ def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True)
 
 
 def restore_frozen(model: nn.Module) -> int:
-    """Let every layer compute plainly again; how many were packed."""
+    """Let every layer compute plainly again; how many were packed.
+
+    Those that a merge keeps aside are not in the model: unmerge it first.
+    """
     return sum(unpack(module) for module in model.modules())
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import EnvironmentFault, UserError
-from rankwise.layers import Update
+from rankwise.layers import Shared
 from rankwise.merging.effect import evaluating
 from rankwise.train.reporter import Reporter
 
@@ -24,6 +24,8 @@ __all__ = ["HIDDEN", "Cut", "Kept", "find_cut", "serving"]
 HIDDEN = "rankwise_hidden"
 """The key of a batch under which the kept hidden states travel to the model."""
 
+_CHUNK = 2**24  # bytes written at a time
+
 
 @dataclass
 class Cut:
@@ -31,7 +33,8 @@ class Cut:
 
     While it is installed, a call of the model with the key ``rankwise_hidden`` runs without the
     skipped blocks: they pass their input on, and ``entry`` gets these states in place of its
-    first argument. Calls without it run the whole model.
+    first argument. Calls without it run the whole model. What is recomputed in backward is what
+    the last call of the model was.
     """
 
     entry: str
@@ -47,7 +50,6 @@ class Cut:
         own = {n: vars(b)["forward"] for n, b in blocks.items() if "forward" in vars(b)}
         hooks = [
             model.register_forward_pre_hook(self._take, with_kwargs=True),
-            model.register_forward_hook(self._drop, always_call=True),
             model.get_submodule(self.entry).register_forward_pre_hook(
                 self._enter, with_kwargs=True
             ),
@@ -63,6 +65,7 @@ class Cut:
                     block.forward = own[name]
             for hook in hooks:
                 hook.remove()
+            self._now = self._seen = None
 
     def states(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """What ``entry`` gets as its first argument in a whole run of the model; detached."""
@@ -76,9 +79,6 @@ class Cut:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._now = kwargs.get(HIDDEN)
         return args, {name: value for name, value in kwargs.items() if name != HIDDEN}
-
-    def _drop(self, module: nn.Module, args: Any, made: Any) -> None:
-        self._now = None
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -116,13 +116,14 @@ def find_cut(model: nn.Module, probe: Mapping[str, Tensor]) -> Cut:
         UserError: nothing frozen lies below, or the model is not such a chain of blocks.
     """
     order = _order(model, probe)
-    trained = [name for name in order if _trains(model.get_submodule(name))]
-    if not trained:
-        raise UserError("There is nothing to keep: nothing of this model trains.")
-    first = trained[0]
+    trained = _trained(model, order)
+    if not trained or "" in trained:
+        what = "a part of the model trains that is not called" if trained else "nothing trains"
+        raise UserError(f"There is nothing to keep: {what}. Leave out --cache.")
+    first = min(trained, key=order.index)
     blocks = [name for name in order if _is_block(model, name)]
     owner = next((name for name in blocks if f"{first}.".startswith(f"{name}.")), None)
-    entry = owner or _whole(model, first)
+    entry = owner or _whole(model, first, order)
     below = order[: order.index(entry)]
     skipped = tuple(name for name in blocks if name in below and not entry.startswith(f"{name}."))
     if not skipped:
@@ -153,17 +154,29 @@ def _order(model: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
     return list(called)
 
 
-def _trains(module: nn.Module) -> bool:
-    """Whether a parameter of the module itself, or an update of it, trains."""
-    own = any(p.requires_grad for p in module.parameters(recurse=False))
-    updates = (m for m in module.children() if isinstance(m, (Update, nn.ModuleDict)))
-    return own or any(p.requires_grad for m in updates for p in m.parameters())
+def _trained(model: nn.Module, order: Sequence[str]) -> set[str]:
+    """The modules that are called and have something that trains, by name; "" is the model itself.
+
+    It may lie in a part of the module that is not called, as updates are not, nor are layers
+    whose weight is read instead; or in another module, whose update is this one's as well.
+    """
+    called = {"", *order}
+    found: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        owner = module.source if isinstance(module, Shared) else module
+        if any(p.requires_grad for p in owner.parameters(recurse=False)):
+            while name not in called:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found
 
 
-def _whole(model: nn.Module, name: str) -> str:
-    """The outermost module around this one of which everything trains, such as a head."""
+def _whole(model: nn.Module, name: str, order: Sequence[str]) -> str:
+    """The outermost module around this one that is called and trains wholly, such as a head."""
     parent = name.rpartition(".")[0]
-    while parent and all(p.requires_grad for p in model.get_submodule(parent).parameters()):
+    while parent in order and all(
+        p.requires_grad for p in model.get_submodule(parent).parameters()
+    ):
         name, parent = parent, parent.rpartition(".")[0]
     return name
 
@@ -181,19 +194,42 @@ def _is_block(model: nn.Module, name: str) -> bool:
 def _try(model: nn.Module, cut: Cut, probe: Mapping[str, Tensor]) -> None:
     """Refuse a cut from which the model does not compute what it computes whole."""
     reason = "the answers from kept states are not those of the whole model"
-    same = False
+    same, mask = False, probe["attention_mask"]
+
+    def answers(**more: Tensor) -> Tensor:
+        logits = model(**probe, **more).logits
+        return logits[mask.bool()] if logits.ndim == 3 else logits
+
     with torch.no_grad(), evaluating(model), cut.installed(model):
         try:
-            whole = model(**probe).logits
+            whole = answers()
             states = cut.states(model, probe)
-            same = torch.equal(model(**probe, **{HIDDEN: states}).logits, whole)
+            if _per_token(states, mask):
+                states = states.masked_fill(mask[..., None] == 0, 0)  # padding is not kept
+            same = torch.equal(answers(**{HIDDEN: states}), whole)
         except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
             reason = str(error).splitlines()[0]
     if not same:
         raise UserError(
             f"The states below '{cut.entry}' of this {type(model).__name__} cannot be kept: its "
-            f"blocks pass on more than their first argument ({reason}). Leave out --cache."
+            "blocks pass on more than their first argument, or read the padding "
+            f"({reason}). Leave out --cache."
         )
+
+
+def _per_token(states: Tensor, mask: Tensor) -> bool:
+    """Whether states are a vector for each token of a batch; else they are one for each row.
+
+    Raises:
+        UserError: they are neither.
+    """
+    if states.shape[:-1] in (mask.shape, mask.shape[:1]):
+        return states.ndim == 3
+    raise UserError(
+        f"The states of {len(mask)} rows of {mask.shape[1]} tokens have the shape "
+        f"{tuple(states.shape)}, which is not one vector for each token or each row, so they "
+        "cannot be kept. Leave out --cache."
+    )
 
 
 class Kept:
@@ -213,10 +249,11 @@ class Kept:
         self.device = like.device
         size = self.starts[-1] * self.width * like.element_size()
         try:
+            _fill(path, size)
             flat = torch.from_file(
                 str(path), shared=True, size=self.starts[-1] * self.width, dtype=like.dtype
             )
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise EnvironmentFault(
                 f"The file for kept states, '{path}' ({size:,} bytes), cannot be made: "
                 f"{str(error).splitlines()[0]}. Leave out --cache, or put --out on another disk."
@@ -238,6 +275,13 @@ class Kept:
         made = flat.new_zeros(*mask.shape, self.width)
         made[mask.bool()] = flat
         return made
+
+
+def _fill(path: Path, size: int) -> None:
+    """Write zeros, as what a full disk refuses under a map ends the process without a word."""
+    with path.open("wb") as file:
+        for start in range(0, size, _CHUNK):
+            file.write(bytes(min(_CHUNK, size - start)))
 
 
 @contextlib.contextmanager
@@ -266,7 +310,9 @@ def serving(
         UserError: nothing can be kept, or it needs more than ``limit`` bytes.
         EnvironmentFault: a file cannot be made.
     """
-    probe = train.batch(list(range(min(2, len(train.encoded)))))
+    lengths = train.encoded.lengths
+    ends = {f(range(len(lengths)), key=lambda row: lengths[row]) for f in (min, max)}
+    probe = train.batch(sorted(ends))  # the shortest row and the longest, so that there is padding
     probe.pop("labels", None)
     cut = find_cut(model, probe)
     files = [folder / f"frozen-{name}.cache" for name in ("train", "eval")]
@@ -323,8 +369,9 @@ def _keep(
                 part = order[first : first + batch_size]
                 inputs = {k: v for k, v in rows.batch(part).items() if k != "labels"}
                 states, mask = cut.states(model, inputs), inputs["attention_mask"]
+                per_token = _per_token(states, mask)
                 if kept is None:
-                    kept = _room(states, mask, lengths, path, need)
+                    kept = _room(states, per_token, lengths, path, need)
                 kept.put(part, mask, states)
                 reporter.advance(first + len(part), {})
     finally:
@@ -333,8 +380,7 @@ def _keep(
     return kept
 
 
-def _room(states: Tensor, mask: Tensor, lengths: Sequence[int], path: Path, need: _Need) -> Kept:
-    per_token = states.ndim == 3 and states.shape[:2] == mask.shape
+def _room(states: Tensor, per_token: bool, lengths: Sequence[int], path: Path, need: _Need) -> Kept:
     vectors = sum(lengths) if per_token else len(lengths)
     need.take(vectors * states.shape[-1] * states.element_size())
     path.unlink(missing_ok=True)

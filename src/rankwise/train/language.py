@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from rankwise.data.encode import Encoded
 from rankwise.data.language import IGNORED
+from rankwise.layers import Shared
 from rankwise.merging.effect import evaluating
 from rankwise.targets import is_transformers
 
@@ -68,7 +69,7 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     of all targets are held at once.
     """
     found = _predictions(model, batch, _targets(batch))
-    trained = [] if found.head is None else [p for p in found.head.parameters() if p.requires_grad]
+    trained = [] if found.head is None else _trained(found.head)
     width = found.states.shape[-1]
     if found.head is None or any(p.numel() >= found.vocabulary * width for p in trained):
         return F.cross_entropy(found.logits(found.states), found.goals, reduction="sum")
@@ -96,6 +97,13 @@ class _Predictions:
         most = _BYTES if self.states.device.type == "cpu" else _ACCELERATOR_BYTES
         size = max(64, most // (4 * self.vocabulary))
         return (slice(first, first + size) for first in range(0, len(self.states), size))
+
+
+def _trained(head: nn.Module) -> list[nn.Parameter]:
+    """What trains in an output layer, and in an update that it shares with the embedding."""
+    owners = [m.source if isinstance(m, Shared) else m for m in head.modules()]
+    held = dict.fromkeys(p for owner in owners for p in owner.parameters(recurse=False))
+    return [parameter for parameter in held if parameter.requires_grad]
 
 
 class _SummedLoss(torch.autograd.Function):
