@@ -1,5 +1,6 @@
 """attach and detach on any nn.Module: what is put in, what trains, what acts, and the way back."""
 
+from rankwise.attaching.collector import uncollected
 from rankwise.attaching.plans import Addition, Method, Placement, Plan
 from rankwise.attaching.records import (
     Attachment,
@@ -45,6 +46,7 @@ __all__ = [
     "set_active",
     "set_trainable",
     "trained_copies",
+    "uncollected",
     "unmerged",
     "unrouted",
     "updates_of",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from rankwise.attaching.collector import uncollected
 from rankwise.attaching.plans import Addition, Method, Plan
 from rankwise.attaching.records import (
     Attachment,
@@ -30,6 +31,7 @@ __all__ = ["DEFAULT", "attach", "detach", "rehearse"]
 DEFAULT = "default"
 
 
+@uncollected
 def attach(model: nn.Module, method: Method, *, name: str = DEFAULT) -> Attachment:
     """Put a method on a model in place: freeze the base, add the layers, free what trains.
 

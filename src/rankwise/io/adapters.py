@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rankwise.attaching import Attachment, attach, attached, attachment, kept_layers
+from rankwise.attaching import Attachment, attach, attached, attachment, kept_layers, uncollected
 from rankwise.errors import ArtifactError, EnvironmentFault, UserError
 from rankwise.io.base import base_of
 from rankwise.io.files import missing, read_fault
@@ -65,6 +65,7 @@ def save_adapter(
     return write_peft(adapter, folder, base_of(model, adapter, base_model_name))
 
 
+@uncollected
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],

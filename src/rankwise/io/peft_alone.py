@@ -288,7 +288,7 @@ def _adapter(
     shares: Mapping[str, Share],
 ) -> Adapter:
     names = [*factors, *keys.modules]
-    spelled = {name: exact(name, names) for name in names}
+    spelled = exact(names, names)
     r_of = {n: value_for(config.rank_pattern, n, config.r) for n in factors}
     alphas = {n: float(value_for(config.alpha_pattern, n, config.alpha)) for n in factors}
     method = LoRA(

@@ -113,7 +113,8 @@ def _every(
     notes: Notes, model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Mapping[str, Target]:
     """Every weight of the model by name, with the parts that the notes tell of."""
-    split = {exact(n, modules): each for n, each in notes.split.items() if n in modules}
+    spelled = exact([name for name in notes.split if name in modules], modules)
+    split = {target: notes.split[name] for name, target in spelled.items()}
     try:
         return targets_of(model, split)
     except UserError as error:

@@ -135,11 +135,16 @@ def _saved_entry(name: str, names: Sequence[str]) -> str:
     return next((e for e in ends if [n for n in names if n.endswith(e)] == [name]), ends[-1])
 
 
-def exact(name: str, names: Iterable[str]) -> str:
-    """A target of rankwise.LoRA that means this module among ``names`` and no other."""
-    if re.fullmatch(r"[\w.-]+", name) and not any(n.endswith("." + name) for n in names):
-        return name
-    return exactly(name)
+def exact(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """For each wanted module a target of rankwise.LoRA that means it among ``names``, and no other.
+
+    That is its name, unless another name ends in it.
+    """
+    inner = {end for name in names for end in _ends(name) if end != name}
+    return {
+        name: name if re.fullmatch(r"[\w.-]+", name) and name not in inner else exactly(name)
+        for name in wanted
+    }
 
 
 def within(name: str, owners: Iterable[str]) -> bool:

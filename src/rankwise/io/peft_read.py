@@ -175,7 +175,8 @@ def _method(reading: Reading, parts: _Parts) -> LoRA:
     config, notes, meant = reading.config, reading.notes, reading.meant
     names = [*meant.targets, *meant.modules]
     adapted = [name for name in parts.pairs if name not in meant.tied]
-    spelled = {n: exact(n, names) for n in (*adapted, *meant.whole, *meant.tokens)}
+    spelled = exact((*adapted, *meant.whole, *meant.tokens), names)
+    parted = exact(notes.split, meant.modules)
     r = mode(parts.ranks[n] for n in adapted)
     alpha = mode(parts.alphas[n] for n in adapted)
     trained = {"lora_only": "adapted", "all": "all"}.get(config.bias, "none")
@@ -191,7 +192,7 @@ def _method(reading: Reading, parts: _Parts) -> LoRA:
         freeze_A=notes.freeze_A,
         bias="adapted" if trained == "none" and config.lora_bias else trained,  # pyright: ignore[reportArgumentType]
         trainable_tokens={spelled[n]: ids for n, ids in meant.tokens.items()},
-        split={exact(n, meant.modules): each for n, each in notes.split.items()},
+        split={parted[n]: each for n, each in notes.split.items()},
         tied=config.tied or bool(notes.tied),
         slot=notes.slot,
         head="freeze",

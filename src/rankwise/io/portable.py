@@ -108,13 +108,14 @@ def assemble(
     ``splits`` has the fused projections by module name.
     """
     splits = splits or {}
+    parts = exact(splits, splits)
     owners = {name.rpartition(".")[0] for name in biases or ()}
     method = LoRA(
         dora=bool(magnitudes),
         bias="none" if not biases else "adapted" if owners <= set(factors) else "all",
-        split={exact(name, splits): split for name, split in splits.items()},
+        split={parts[name]: split for name, split in splits.items()},
         head="freeze",
-        modules_to_save=tuple(exact(name, [*factors, *modules]) for name in modules),
+        modules_to_save=tuple(exact(modules, [*factors, *modules]).values()),
     )
     return Adapter(
         method=restated(method, factors),

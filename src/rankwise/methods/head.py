@@ -151,7 +151,7 @@ def tied_partners(model: nn.Module, names: Iterable[str]) -> Iterable[tuple[str,
     One module that hangs in two places is no partner of itself, and a shared bias is no weight.
     """
     groups = [g for g in shared_weights(model) if not any(n.endswith("bias") for n in g)]
-    for name in names:
+    for name in names if groups else ():
         own = {id(module) for module in model.get_submodule(name).modules()}
         owners = [[n.rpartition(".")[0] for n in group] for group in groups]
         others = [

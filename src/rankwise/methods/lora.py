@@ -305,9 +305,9 @@ class LoRA:
         """What these targets cannot do of what is asked."""
         for target in chosen:
             module, name = target.site.base, target.name
-            owners = (module, *(parent for parent, _ in target.site.owners()))
-            attention = any(isinstance(owner, nn.MultiheadAttention) for owner in owners)
-            if self.dropout > 0 and (attention or not is_wrapped(module)):
+            if self.dropout > 0 and (
+                (attention := _in_attention(target)) or not is_wrapped(module)
+            ):
                 owner = "an nn.MultiheadAttention" if attention else f"a {type(module).__name__}"
                 yield (
                     f"'{name}' belongs to {owner}, which reads its weight and never runs it, so "
@@ -373,6 +373,11 @@ class LoRA:
                 "head='freeze') where it is pre-trained for this very task."
             )
         return False
+
+
+def _in_attention(target: Target) -> bool:
+    owners = (target.site.base, *(parent for parent, _ in target.site.owners()))
+    return any(isinstance(owner, nn.MultiheadAttention) for owner in owners)
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:

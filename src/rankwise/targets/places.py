@@ -47,8 +47,12 @@ class Site:
     def owners(self) -> Iterator[tuple[nn.Module, str]]:
         """The parent and the attribute of every place, as the model is now."""
         for place in self.places:
-            parent, _, attribute = place.rpartition(".")
-            yield self.root.get_submodule(parent), attribute
+            *above, attribute = place.split(".")
+            parent = self.root
+            for part in above:  # faster than get_submodule, and asked for every target
+                child = vars(parent)["_modules"].get(part)
+                parent = parent.get_submodule(part) if child is None else child
+            yield parent, attribute
 
     def put(self, module: nn.Module) -> None:
         """Hang another module in every place of this one."""
@@ -89,21 +93,22 @@ def sites(model: nn.Module) -> dict[str, Site]:
     """
     named: dict[int, tuple[str, nn.Module]] = {}
     places: dict[int, list[str]] = {}
-    inside: list[str] = []
-    parents: dict[str, nn.Module] = {}
     hung: set[tuple[int, str]] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        parents[name] = module
-        if inside and name.startswith(tuple(inside)):
-            continue
-        if isinstance(module, LoRALayer):
-            inside.append(f"{name}.updates" if isinstance(module, LoRAHost) else f"{name}.")
-        parent, _, attribute = name.rpartition(".")
-        place = (id(parents[parent]), attribute)
-        if name and place not in hung:
-            hung.add(place)
-            named.setdefault(id(module), (name, module))
-            places.setdefault(id(module), []).append(name)
+
+    def walk(parent: nn.Module, prefix: str) -> None:
+        """As named_modules does, without what lies in layers: it grows with every adapter."""
+        for attribute, module in vars(parent)["_modules"].items():
+            if module is None or (attribute == "updates" and isinstance(parent, LoRAHost)):
+                continue
+            name, place = prefix + attribute, (id(parent), attribute)
+            if place not in hung:
+                hung.add(place)
+                named.setdefault(id(module), (name, module))
+                places.setdefault(id(module), []).append(name)
+            if isinstance(module, LoRAHost) or not isinstance(module, LoRALayer):
+                walk(module, f"{name}.")
+
+    walk(model, "")
     return {
         name: Site(name, module, tuple(places[key]), model) for key, (name, module) in named.items()
     }
@@ -144,16 +149,18 @@ def shared_weights(model: nn.Module) -> list[tuple[str, ...]]:
     The names are those of the base, also where it carries adapters.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
-    wrapped = [
-        n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALayer)
-    ]
-    updates = tuple(f"{name}.updates." for name in wrapped)
-    around = tuple(f"{name}.base_layer." for name in wrapped)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if updates and name.startswith(updates):
-            continue
-        plain = name.replace("base_layer.", "", 1) if around and name.startswith(around) else name
-        groups.setdefault(_storage(parameter), []).append(plain)
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        """As named_parameters does, every place of each, without updates."""
+        for key, parameter in vars(module)["_parameters"].items():
+            if parameter is not None:
+                groups.setdefault(_storage(parameter), []).append(prefix + key)
+        layer = isinstance(module, LoRALayer)
+        for key, child in vars(module)["_modules"].items():
+            if child is not None and not (layer and key == "updates"):
+                walk(child, prefix if layer and key == "base_layer" else f"{prefix}{key}.")
+
+    walk(model, "")
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
