@@ -94,24 +94,29 @@ def sites(model: nn.Module) -> dict[str, Site]:
     named: dict[int, tuple[str, nn.Module]] = {}
     places: dict[int, list[str]] = {}
     hung: set[tuple[int, str]] = set()
-
-    def walk(parent: nn.Module, prefix: str) -> None:
-        """As named_modules does, without what lies in layers: it grows with every adapter."""
-        for attribute, module in vars(parent)["_modules"].items():
-            if module is None or (attribute == "updates" and isinstance(parent, LoRAHost)):
-                continue
-            name, place = prefix + attribute, (id(parent), attribute)
-            if place not in hung:
-                hung.add(place)
-                named.setdefault(id(module), (name, module))
-                places.setdefault(id(module), []).append(name)
-            if isinstance(module, LoRAHost) or not isinstance(module, LoRALayer):
-                walk(module, f"{name}.")
-
-    walk(model, "")
+    for parent, attribute, name, module in _hung(model):
+        place = (id(parent), attribute)
+        if place not in hung:
+            hung.add(place)
+            named.setdefault(id(module), (name, module))
+            places.setdefault(id(module), []).append(name)
     return {
         name: Site(name, module, tuple(places[key]), model) for key, (name, module) in named.items()
     }
+
+
+def _hung(parent: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """The parent, attribute, name and module of every place, in the order of named_modules.
+
+    What lies inside a layer is passed over, as it grows with every adapter.
+    """
+    for attribute, module in vars(parent)["_modules"].items():
+        if module is None or (attribute == "updates" and isinstance(parent, LoRAHost)):
+            continue
+        name = prefix + attribute
+        yield parent, attribute, name, module
+        if isinstance(module, LoRAHost) or not isinstance(module, LoRALayer):
+            yield from _hung(module, f"{name}.")
 
 
 def targets_of(model: nn.Module, split: Mapping[str, Split] | None = None) -> dict[str, Target]:
@@ -149,19 +154,21 @@ def shared_weights(model: nn.Module) -> list[tuple[str, ...]]:
     The names are those of the base, also where it carries adapters.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        """As named_parameters does, every place of each, without updates."""
-        for key, parameter in vars(module)["_parameters"].items():
-            if parameter is not None:
-                groups.setdefault(_storage(parameter), []).append(prefix + key)
-        layer = isinstance(module, LoRALayer)
-        for key, child in vars(module)["_modules"].items():
-            if child is not None and not (layer and key == "updates"):
-                walk(child, prefix if layer and key == "base_layer" else f"{prefix}{key}.")
-
-    walk(model, "")
+    for name, parameter in _own_parameters(model):
+        groups.setdefault(_storage(parameter), []).append(name)
     return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def _own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Every place of every parameter by the base's names, in the order of named_parameters."""
+    for key, parameter in vars(module)["_parameters"].items():
+        if parameter is not None:
+            yield prefix + key, parameter
+    layer = isinstance(module, LoRALayer)
+    for key, child in vars(module)["_modules"].items():
+        if child is not None and not (layer and key == "updates"):
+            inner = prefix if layer and key == "base_layer" else f"{prefix}{key}."
+            yield from _own_parameters(child, inner)
 
 
 def _storage(tensor: Tensor) -> tuple[object, ...]:
