@@ -8,6 +8,7 @@ from benchmarks.speed.loss import largest
 from benchmarks.speed.loss import programs as programs_of_loss
 from benchmarks.speed.memory import kept
 from benchmarks.speed.models import LINEAR, batch_of, floor, llama, ours, theirs
+from benchmarks.speed.products import packing, thin
 from benchmarks.speed.timing import alternate, ratio
 
 pytestmark = pytest.mark.filterwarnings(
@@ -31,6 +32,12 @@ def test_the_two_losses_of_a_language_model_are_one_and_ours_is_smaller() -> Non
     own, other, losses = programs_of_loss(model, 0.5)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert 2 * largest(own) < largest(other)
+
+
+def test_the_products_that_are_timed_are_one_product() -> None:
+    for programs_of in (thin, lambda out: packing(out, 48)):
+        first, second = programs_of(40).values()
+        torch.testing.assert_close(first(), second(), rtol=1e-5, atol=1e-4)
 
 
 def test_both_begin_with_the_same_numbers() -> None:

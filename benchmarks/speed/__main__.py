@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.speed import fits, loss, memory, steps, verbs
+from benchmarks.speed import fits, loss, memory, products, steps, verbs
 from transformers import logging
 
 from rankwise.train.manifest import surroundings
@@ -22,6 +22,7 @@ PARTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "verbs": verbs.rows,
     "forward": verbs.forward_rows,
     "loss": loss.rows,
+    "products": products.rows,
 }
 
 
