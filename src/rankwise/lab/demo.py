@@ -99,13 +99,18 @@ def run_demo(out: str | Path, demo: Demo, reporter: Reporter) -> str:
     best = chosen(runs)
     run = folder / best.folder.name
     certificate = _merged(run, folder)
+    largest = max((r for r in runs if r.rank is not None), key=lambda r: (r.rank, r.counts.adapter))
     report = write_report(
         folder / "report.html",
         title="Rankwise demo: which part of the standard library is this docstring from?",
         runs=runs,
         certificate=certificate,
-        spectra=_spectra(run),
-        notes=[*train.notes, f"Chosen: {best.name}. {_REASON}"],
+        spectra=_spectra(folder / largest.folder.name),
+        notes=[
+            *train.notes,
+            f"Chosen: {best.name}. {_REASON}",
+            f"The singular values are those of {largest.name}, the largest update.",
+        ],
     )
     return "\n".join(
         [
@@ -153,12 +158,14 @@ def _configs(folder: Path, model: str, data: dict[str, str], demo: Demo) -> Iter
         "batch_size": 16,
         "max_length": 64,
     }
-    # Learning rates: the best of a small search on another split (seed 1); docs/log.md.
-    methods: dict[str, dict[str, Any]] = {"head-only": {"method": "head", "lr": 2e-2}}
+    # Learning rates: those that experiments/pydocs-minilm/results-head-lr found; docs/log.md.
+    head = {"head_lr": 0.03}
+    methods: dict[str, dict[str, Any]] = {"head-only": {"method": "head", "lr": 0.1}}
     for r in demo.ranks:
-        methods[f"lora-r{r}"] = {"r": r, "target_modules": ["query", "value"], "lr": 4e-3}
-    methods["lora-all-linear-r8"] = {"r": 8, "target_modules": ["all-linear"], "lr": 2e-3}
-    methods["full"] = {"method": "full", "lr": 2e-4}
+        methods[f"lora-r{r}"] = {"r": r, "target_modules": ["query", "value"], "lr": 3e-3, **head}
+    everywhere = {"r": 8, "target_modules": ["all-linear"], "lr": 2e-3}
+    methods["lora-all-linear-r8"] = {**everywhere, **head}
+    methods["full"] = {"method": "full", "lr": 3e-4, **head}
     for name, options in methods.items():
         yield make_config({**common, **options, "out": str(folder / name)}, f"demo {name}")
 
