@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(str(error))
         sys.exit(error.exit_code)
     except Interrupted as stopped:
-        sys.stderr.write(f"\n{stopped}\n")
+        sys.stderr.write("\nStopped on request. Go on with: the same command\n")
         sys.exit(128 + stopped.number)
 
 

@@ -54,7 +54,7 @@ def command(
     Example: rankwise advise --model bert-base-uncased --data train.tsv --out runs/advice
     """
     from rankwise.errors import UserError
-    from rankwise.lab.advising import CONFIG, REPORT, TRIMMED, Advise, advise, summary, without_rank
+    from rankwise.lab.advising import CONFIG, REPORT, TRIMMED, Advise, advise, without_rank
     from rankwise.train.config import read_config
 
     values = {} if config is None else read_config(config)
@@ -66,9 +66,6 @@ def command(
     wanted = Advise(values)
     advice = advise(wanted, make_reporter())
     print(_table(advice))
-    print()
-    for sentence in summary(advice):
-        print(sentence)
     print()
     print((wanted.out / CONFIG).read_text(encoding="utf-8"))
     print(f"config:  {wanted.out / CONFIG}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from rankwise.lab.advising.options import without_rank
 from rankwise.lab.advising.running import _Desk, _write, silenced
 from rankwise.train.config import make_config, read_config
 from rankwise.train.reporter import Silent
+from rankwise.train.signals import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,30 @@ def test_the_same_command_again_trains_and_tries_nothing(
     assert advise(options(), Silent()) == made
     assert {p: p.stat().st_mtime_ns for p in (out / "probe-r4").rglob("*")} == before
     assert {p: p.stat().st_mtime_ns for p in (out / "trials-r4").iterdir()} == trials
+
+
+def test_a_signal_stops_between_two_trials_and_the_same_command_goes_on(
+    made: Advice, options: Callable[..., Advise], tmp_path: Path
+) -> None:
+    out = tmp_path / "stopped"
+    shutil.copytree(made.out, out)
+    for trial in (out / "trials-r4").glob("cut-*"):
+        trial.unlink()
+
+    class Signals(Silent):
+        def note(self, text: str) -> None:
+            if text.startswith("cut-"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options_there = options(out=str(out))
+    probe = out / "probe-r4" / "manifest.json"
+    text = probe.read_text(encoding="utf-8")
+    probe.write_text(text.replace(made.out, str(out)), encoding="utf-8")
+    with pytest.raises(Interrupted, match="Go on with: the same command") as stopped:
+        advise(options_there, Signals())
+    assert stopped.value.number == signal.SIGTERM
+    assert len(list((out / "trials-r4").glob("cut-*.json"))) == 1
+    assert replace(advise(options_there, Silent()), out="") == replace(made, out="")
 
 
 def test_other_options_are_another_advice(made: Advice, options: Callable[..., Advise]) -> None:

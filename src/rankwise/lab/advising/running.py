@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 
 from rankwise.errors import UserError
 from rankwise.io import files
@@ -24,16 +25,18 @@ from rankwise.lab.page import can_make_pages
 from rankwise.methods.adapter import Adapter, adapter_of
 from rankwise.methods.trimming import cut_to, layers_of
 from rankwise.train.answers import read_answers, write_answers
-from rankwise.train.config import FitConfig, dump_config
+from rankwise.train.config import FitConfig
 from rankwise.train.manifest import read_manifest
 from rankwise.train.reporter import Reporter
 from rankwise.train.restore import restore
 from rankwise.train.run import fit
+from rankwise.train.signals import Interrupted, StopRequest
 from rankwise.train.trying import Bench, Quality, bench_of_tuning
 
 __all__ = ["CONFIG", "TRIMMED", "advise"]
 
 CONFIG, TRIMMED = "config.yaml", "adapter"
+_AGAIN = "the same command; what was trained and tried is kept"
 
 
 def advise(options: Advise, reporter: Reporter) -> Advice:
@@ -54,7 +57,10 @@ def advise(options: Advise, reporter: Reporter) -> Advice:
     can_make_pages()
     _ensure_ours(options)
     desk = _Desk(options, reporter)
-    found = grown(options.ranks, desk.opened, desk.searched)
+    try:
+        found = grown(options.ranks, desk.opened, desk.searched)
+    except Interrupted as stopped:  # in a training, which would name its own command
+        raise Interrupted(stopped.number, _AGAIN) from stopped
     probe, judge = found.probe, found.probe.judge
     gaps = sorted(g.k for layer in probe.layers.values() if (g := layer.spectrum.gap) is not None)
     advice = Advice(
@@ -129,12 +135,15 @@ class _Desk:
         if scores.exists() and answers.exists():
             metrics = json.loads(scores.read_text(encoding="utf-8"))
             return Quality(metrics, read_answers(answers, self._rows))
-        (found,) = self.bench.tried([adapter], self._reporter)
-        size = sum(f.count() for f in adapter.factors.values())
-        score = found.metrics[self.bench.metric]
-        self._reporter.note(f"{name}: {size:,} parameters, {self.bench.metric} {score:.4f}")
-        write_answers(answers, found.answers, self._rows)
-        files.write_json(scores, dict(found.metrics))
+        with StopRequest(self._reporter.note) as stop:
+            (found,) = self.bench.tried([adapter], self._reporter)
+            size = sum(f.count() for f in adapter.factors.values())
+            score = found.metrics[self.bench.metric]
+            self._reporter.note(f"{name}: {size:,} parameters, {self.bench.metric} {score:.4f}")
+            write_answers(answers, found.answers, self._rows)
+            files.write_json(scores, dict(found.metrics))
+        if stop.number is not None:
+            raise Interrupted(stop.number, _AGAIN)
         return Quality(found.metrics, read_answers(answers, self._rows))
 
 
@@ -176,7 +185,9 @@ def _write(options: Advise, advice: Advice, desk: _Desk) -> None:
     ranks = dict.fromkeys(whole.factors, advice.probe_r) if chosen is None else chosen.ranks
     head = "".join(f"# {sentence}\n" for sentence in reasons(advice))
     config = options.advised(options.probe(advice.probe_r), ranks)
-    files.write_text(options.out / CONFIG, head + dump_config(config))
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    files.write_text(options.out / CONFIG, head + text)
     if chosen is None:
         shutil.rmtree(options.out / TRIMMED, ignore_errors=True)  # of an advice before this one
     else:
