@@ -151,12 +151,14 @@ def test_help_shows_what_a_flag_takes_and_whole_paragraphs(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no named pipes")
-def test_ctrl_c_says_so_and_leaves_with_130(
-    call: Callable[..., SimpleNamespace], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_and_leaves_with_its_code(
+    call: Callable[..., SimpleNamespace], tmp_path: Path, number: signal.Signals
 ) -> None:
     """While it waits for a config file that never comes."""
     os.mkfifo(tmp_path / "run.yaml")
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
     done = call("fit", "--config", tmp_path / "run.yaml")
-    assert done.code == 130
+    assert done.code == 128 + number
     assert done.err.strip() == "Stopped."
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
+import signal
 import sys
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Generator
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -39,7 +43,7 @@ COMMANDS = {
 }
 
 
-_CTRL_C = 130
+_CTRL_C, _TERMINATED = 130, 143
 _VALUES = {"int": "N", "float": "X", "str": "TEXT"}  # what help calls the value of a flag
 
 
@@ -123,12 +127,14 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words or os.environ.get("RANKWISE_DEBUG") == "1"
     words = [word for word in words if word != "--debug"]
     try:
-        make_app(words[:1])(words)
+        with _terminable():
+            make_app(words[:1])(words)
     except (KeyboardInterrupt, SystemExit) as left:
-        if isinstance(left, SystemExit) and left.code != _CTRL_C:
+        code = left.code if isinstance(left, SystemExit) else _CTRL_C
+        if code not in (_CTRL_C, _TERMINATED):
             raise
         print("\nStopped.", file=sys.stderr)  # typer turns a KeyboardInterrupt into this code
-        sys.exit(_CTRL_C)
+        sys.exit(code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -136,6 +142,24 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         sys.exit(_explain(error))
+
+
+@contextlib.contextmanager
+def _terminable() -> Generator[None]:
+    """SIGTERM leaves the block as Ctrl+C does, so that what was half written is taken away."""
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        sys.exit(_TERMINATED)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _explain(error: Exception) -> int:
