@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from rankwise.lab.demo import Demo, chosen, model_folder, run_demo
 from rankwise.lab.findings import findings
 from rankwise.lab.records import RunRecord
 from rankwise.train.reporter import Silent
+from rankwise.train.signals import Interrupted
 
 SMALL = Demo(train_rows=64, heldout_rows=48, epochs=1, ranks=(1, 2))
 
@@ -41,6 +44,18 @@ def test_the_whole_demo_and_again(minilm: Path, tmp_path: Path) -> None:
     assert {n: (folder / n / "metrics.jsonl").stat().st_mtime_ns for n in names} == logs
     with pytest.raises(UserError, match="other data"):
         run_demo(folder, replace(SMALL, train_rows=65), Silent())
+
+
+def test_a_demo_that_is_stopped_says_how_it_goes_on(minilm: Path, tmp_path: Path) -> None:
+    class Signals(Silent):
+        def advance(self, done: int, values: Mapping[str, float]) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="Go on with: the same command") as stopped:
+        run_demo(tmp_path, SMALL, Signals())
+    assert stopped.value.number == signal.SIGINT
+    manifest = json.loads((tmp_path / "head-only" / "manifest.json").read_text())
+    assert manifest["status"] != "finished"
 
 
 def test_the_model_is_checked_by_its_sha256(

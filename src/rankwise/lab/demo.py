@@ -26,6 +26,7 @@ from rankwise.train.manifest import read_manifest
 from rankwise.train.reporter import Reporter
 from rankwise.train.restore import restore
 from rankwise.train.run import fit
+from rankwise.train.signals import Interrupted
 
 __all__ = ["Demo", "chosen", "model_folder", "run_demo", "write_rows"]
 
@@ -83,6 +84,7 @@ def run_demo(out: str | Path, demo: Demo, reporter: Reporter) -> str:
 
     Raises:
         UserError: ``out`` holds a demo of another size or other data.
+        Interrupted: a signal asked to stop; the same call goes on.
     """
     can_make_pages()
     folder = Path(out)
@@ -94,7 +96,10 @@ def run_demo(out: str | Path, demo: Demo, reporter: Reporter) -> str:
     for number, config in enumerate(configs, start=1):
         name = Path(config.out).name
         reporter.note(f"[{number}/{len(configs)}] {name}")
-        _ensure(config, reporter)
+        try:
+            _ensure(config, reporter)
+        except Interrupted as stopped:  # which names the command of that run alone
+            raise Interrupted(stopped.number, "the same command; it goes on there") from stopped
         runs.append(read_run(Path(config.out)))
     best = chosen(runs)
     run = folder / best.folder.name
