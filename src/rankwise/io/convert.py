@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import nn
+
 from rankwise.errors import EnvironmentFault, UserError, gather, nearest
 from rankwise.io import diffusers, files, mlx
 from rankwise.io.blueprint import Blueprint, blueprint
@@ -17,14 +19,14 @@ from rankwise.io.holding import FORMATS, READERS, Reader, demand
 from rankwise.io.kohya import PREFIXES, read_kohya, write_kohya
 from rankwise.io.loralib import Unsaid, read_loralib, write_loralib
 from rankwise.io.mlx import read_mlx, write_mlx
-from rankwise.io.peft import WEIGHTS
+from rankwise.io.peft import WEIGHTS, read_peft
 from rankwise.io.peft_alone import read_peft_alone, write_peft_alone
 from rankwise.io.peft_config import CONFIG
 from rankwise.io.portable import Portable
 from rankwise.io.reforms import fold, join_parts, one_rank, without_starts
 from rankwise.io.state import CARD, TRAINED
 
-__all__ = ["Wishes", "convert", "read_any", "refuse_place"]
+__all__ = ["Wishes", "convert", "read_any", "read_on_model", "refuse_place"]
 
 # The file that each format's folder gets; the first where there are two.
 NAMES = {
@@ -141,6 +143,21 @@ def read_any(
     portable = read[source]()
     told = f"read {_counted(portable)} from '{place}' ({source})"
     return replace(portable, notes=(told, *portable.notes))
+
+
+def read_on_model(path: str | os.PathLike[str], model: nn.Module, wishes: Wishes) -> Portable:
+    """:func:`read_any` for PEFT's folder of an adapter that only its model tells.
+
+    ``model`` is the base; it is only looked at.
+
+    Raises:
+        UserError, ArtifactError, EnvironmentFault: as of :func:`rankwise.io.peft.read_peft`.
+    """
+    place = home(path)
+    adapter = read_peft(
+        place, model, allow_nonfinite=wishes.allow_nonfinite, allow_pickle=wishes.allow_pickle
+    )
+    return Portable(adapter, notes=(f"read from '{place}' on the model",))
 
 
 def _write(

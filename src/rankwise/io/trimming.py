@@ -12,10 +12,9 @@ from torch import nn
 
 from rankwise.io.adapters import save_adapter
 from rankwise.io.blueprint import blueprint
-from rankwise.io.convert import Wishes, read_any, refuse_place
+from rankwise.io.convert import Wishes, read_any, read_on_model, refuse_place
 from rankwise.io.detect import home
 from rankwise.io.holding import FORMATS, demand
-from rankwise.io.peft import read_peft
 from rankwise.io.peft_alone import write_peft_alone
 from rankwise.io.peft_alone_keys import ON_MODEL, ModelNeeded
 from rankwise.io.portable import Portable
@@ -96,14 +95,9 @@ def trim_on_model(
         UserError, ArtifactError, EnvironmentFault: as of :func:`trim_adapter`, and where the
             adapter does not fit the model.
     """
-    wishes = wishes or Wishes()
-    place = home(path)
-    refuse_place(Path(out), place)
-    adapter = read_peft(
-        place, model, allow_nonfinite=wishes.allow_nonfinite, allow_pickle=wishes.allow_pickle
-    )
-    before = Portable(adapter, notes=(f"read from '{place}' on the model",))
-    made = trim(adapter, promise)
+    refuse_place(Path(out), home(path))
+    before = read_on_model(path, model, wishes or Wishes())
+    made = trim(before.adapter, promise)
     save_adapter(model, out, adapter=made.adapter)
     return TrimmedFolder(before, made, (*before.notes, *_told(before, made, promise)))
 

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import UserError, gather
 from rankwise.io.blueprint import Blueprint, blueprint
-from rankwise.io.convert import Wishes, read_any
-from rankwise.io.detect import home
-from rankwise.io.peft import read_peft
+from rankwise.io.convert import Wishes, read_any, read_on_model
 from rankwise.io.peft_alone_keys import ModelNeeded
 from rankwise.io.portable import Portable
 from rankwise.io.weights import base_weight
@@ -63,8 +61,8 @@ def inspect_adapter(
         beside = None if other is None else read_any(other, wishes, base)
     except ModelNeeded as needed:
         base = bare_base(path, place, needed)
-        portable = _on_model(path, wishes, base)
-        beside = None if other is None else _on_model(other, wishes, base)
+        portable = read_on_model(path, base, wishes)
+        beside = None if other is None else read_on_model(other, base, wishes)
     if beside is not None:
         _refuse_strangers(portable, beside, str(other))
     layers = tuple(evidence(portable, base, beside, strict=given))
@@ -140,14 +138,6 @@ def _base(path: str | os.PathLike[str], wishes: Wishes) -> tuple[str | None, Pat
         return str(wishes.base), local_folder(str(wishes.base)), True
     own = base_of_run(path)
     return (None, None, False) if own is None else (*own, False)
-
-
-def _on_model(path: str | os.PathLike[str], wishes: Wishes, model: nn.Module) -> Portable:
-    place = home(path)
-    adapter = read_peft(
-        place, model, allow_nonfinite=wishes.allow_nonfinite, allow_pickle=wishes.allow_pickle
-    )
-    return Portable(adapter, notes=(f"read from '{place}' on the model",))
 
 
 def _weights(
