@@ -83,25 +83,35 @@ def _load(base: nn.Module) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         rw.save_adapter(model, folder, base_model_name="a Llama")
         rw.detach(model)
-        loads: dict[str, list[float]] = {"peft": [], "ours": []}
-        switches: dict[str, list[float]] = {"peft": [], "ours": []}
         rw.load_adapter(model, folder, name="a0")
         other: Any = peft.PeftModel.from_pretrained(base, folder, adapter_name="a0")
+        lean = {"low_cpu_mem_usage": True}
+        ways: dict[str, Callable[[str], Any]] = {
+            "ours": lambda name: rw.load_adapter(model, folder, name=name),
+            "ours, mmap": lambda name: rw.load_adapter(model, folder, name=name, mmap=True),
+            "peft": lambda name: other.load_adapter(folder, adapter_name=name),
+            "peft, low memory": lambda name: other.load_adapter(folder, adapter_name=name, **lean),
+        }
+        names = dict(zip(ways, "abcd", strict=True))
+        loads: dict[str, list[float]] = {way: [] for way in ways}
+        switches: dict[str, list[float]] = {"peft": [], "ours": []}
         for i in range(1, ADAPTERS):
-            took, _ = _timed(lambda i=i: rw.load_adapter(model, folder, name=f"a{i}"))
-            loads["ours"].append(took)
-            took, _ = _timed(lambda i=i: other.load_adapter(folder, adapter_name=f"a{i}"))
-            loads["peft"].append(took)
+            for way, load in ways.items():
+                took, _ = _timed(lambda load=load, name=f"{names[way]}{i}": load(name))
+                loads[way].append(took)
             took, _ = _timed(lambda i=i: rw.set_active(model, f"a{i}"))
             switches["ours"].append(took)
-            took, _ = _timed(lambda i=i: other.set_adapter(f"a{i}"))
+            took, _ = _timed(lambda i=i: other.set_adapter(f"c{i}"))
             switches["peft"].append(took)
         other.unload()
     on = "Llama of 1.1B on CPU, bfloat16"
-    yield _row("load an adapter beside others: PEFT / ours", on, loads)
+    for way, peer in (("ours", "peft"), ("ours, mmap", "peft"), ("ours, mmap", "peft, low memory")):
+        turn = {"peft": loads[peer], "ours": loads[way]}
+        yield _row(f"load an adapter beside others: {peer} / {way}", on, turn)
     yield _row("switch: PEFT / ours", on, switches)
-    ends = {"peft": loads["ours"][-3:], "ours": loads["ours"][:3]}
-    yield _row(f"load, ours: adapters {ADAPTERS - 2}-{ADAPTERS} / 2-4", on, ends)
+    for way in ("ours", "ours, mmap"):
+        ends = {"peft": loads[way][-3:], "ours": loads[way][:3]}
+        yield _row(f"load, {way}: adapters {ADAPTERS - 2}-{ADAPTERS} / 2-4", on, ends)
 
 
 def _forward(base: nn.Module, size: int, rounds: int) -> dict[str, Any]:

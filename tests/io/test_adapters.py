@@ -1,5 +1,6 @@
 """One door for every method: where it saves, what it replaces, what it finds."""
 
+import copy
 import json
 import shutil
 import socket
@@ -7,12 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankwise as rw
 from rankwise.errors import ArtifactError, UserError
 from rankwise.inits import PiSSA
 from rankwise.io.adapters import load_adapter, save_adapter
 from rankwise.methods.combining import SVD, combine
+
+
+class Copies(TorchDispatchMode):
+    """Notes the shapes of what is copied or made anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func.name() in ("aten::clone", "aten::copy_", "aten::_to_copy", "aten::empty_like"):
+            self.seen.append(tuple(made.shape))
+        return made
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -163,3 +179,48 @@ def test_a_name_of_the_hub_is_not_fetched(saved: Path, base, monkeypatch):
 def test_a_file_is_not_a_folder(saved: Path, base):
     with pytest.raises(UserError, match=r"is a file; name the folder it is in"):
         load_adapter(base(), saved / "adapter_model.safetensors")
+
+
+def test_a_mapped_adapter_copies_nothing_and_leaves_its_file_as_it_is(saved: Path, base, ids):
+    before = content(saved)
+    load_adapter(plain := base(), saved)
+    with Copies() as copies:
+        load_adapter(model := base(), saved, mmap=True)
+    assert not {(2, 8), (8, 2)} & set(copies.seen)  # A and B; the head is the model's own copy
+    assert_same(model, plain)
+    for step in range(2):  # trained in place, as an optimiser does
+        model(ids).square().sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=0.1 + step)
+    assert not torch.allclose(model(ids), plain(ids))
+    assert content(saved) == before
+    load_adapter(again := base(), saved, mmap=True)
+    assert_same(again, plain)
+
+
+def test_a_mapped_adapter_outlives_its_folder_and_its_replacement(saved: Path, base, trained):
+    load_adapter(plain := base(), saved)
+    load_adapter(model := base(), saved, mmap=True)
+    save_adapter(trained(rw.LoRA(r=3, target_modules=["fc"], head="freeze")), saved)
+    assert_same(model, plain)
+    shutil.rmtree(saved)
+    assert_same(model, plain)
+    assert_same(copy.deepcopy(model), plain)
+
+
+@pytest.mark.parametrize("more", [{"init": PiSSA()}, {"dora": True}])
+def test_a_mapped_adapter_with_a_start_of_its_own_or_a_magnitude(more, tmp_path, base, trained):
+    method = rw.LoRA(r=2, target_modules=["fc"], head="freeze", **more)
+    saved = save_adapter(trained(method), tmp_path / "a")
+    load_adapter(plain := base(), saved)
+    load_adapter(model := base(), saved, mmap=True)
+    assert_same(model, plain)
+
+
+def assert_same(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """The same state bit for bit; products over rows at other addresses may differ by roundings."""
+    there = other.state_dict()
+    assert model.state_dict().keys() == there.keys()
+    assert all(torch.equal(t, there[n]) for n, t in model.state_dict().items())

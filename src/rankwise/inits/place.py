@@ -54,8 +54,9 @@ class Place:
     def zeros(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), or (E, r, in) and (E, out, r), all zero."""
         lead = () if self.bank is None else (self.bank,)
-        A = torch.zeros(*lead, self.r, self.in_features, dtype=self.dtype, device=self.device)
-        B = torch.zeros(*lead, self.out_features, self.r, dtype=self.dtype, device=self.device)
+        make = torch.empty if self.is_meta else torch.zeros  # torch writes zeros on meta in Python
+        A = make(*lead, self.r, self.in_features, dtype=self.dtype, device=self.device)
+        B = make(*lead, self.out_features, self.r, dtype=self.dtype, device=self.device)
         return A, B
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -73,6 +74,7 @@ def load_adapter(
     name: str = "default",
     allow_nonfinite: bool = False,
     allow_pickle: bool = False,
+    mmap: bool = False,
 ) -> Attachment:
     """Read a folder and attach what it holds to the base it was made on.
 
@@ -87,6 +89,11 @@ def load_adapter(
         allow_nonfinite: whether NaN and infinity are let pass.
         allow_pickle: whether an adapter_model.bin is opened, for its tensors alone, where there is
             no safetensors file.
+        mmap: leave A and B of a LoRA adapter in the pages of the file, as ``torch.load(...,
+            mmap=True)`` does, in place of copying them: it loads faster, takes no memory of its own
+            on the CPU until a number is written, which leaves the file as it is, and processes
+            share the pages. The file must then not be cut or rewritten in place while the model
+            lives; :func:`save_adapter` replaces files and never rewrites them.
 
     Raises:
         UserError: there is no such folder, or the model carries an adapter of this name already.
@@ -105,7 +112,7 @@ def load_adapter(
     if (home / CARD).exists():
         return load_trained(model, home, name=name, allow_nonfinite=allow_nonfinite)
     adapter = read_peft(home, model, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle)
-    return attach(model, adapter, name=name)
+    return attach(model, replace(adapter, lent=mmap), name=name)
 
 
 def _home(folder: Path) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -53,26 +56,30 @@ def low_rank(
     switch: Switch,
     name: str = "",
     start: Start | None = None,
+    lent: bool = False,
 ) -> LowRank:
     """A low-rank update for a weight of this layer, started as its spec says or as given.
+
+    It trains copies of the tensors that are given; where they are ``lent``, the tensors themselves.
 
     Raises:
         UserError: the start needs a running model and none was made, or does not suit the weight.
     """
+    place = place_of(layer, layout, spec, name)
     if start is None:
-        if not isinstance(spec.init, Init):
+        if not _starts_alone(type(spec.init)):
             raise UserError(
                 f"{type(spec.init).__name__} looks at the running model and cannot start "
                 f"'{name}' by itself; attach it with rankwise.attach."
             )
-        start = spec.init.start(place_of(layer, layout, spec, name))
+        start = cast("Init", spec.init).start(place)
         held = [_own(t) for t in (start.A, start.B)]  # drawn for this layer: not copied again
     else:
-        held = [t.detach().clone() for t in (start.A, start.B)]
-    like = layer.stored_weight(layout.parameter)
-    A, B = (t.to(like.device, wide_dtype(like)) for t in held)
+        held = [t.detach() if lent else t.detach().clone() for t in (start.A, start.B)]
+    A, B = (t.to(place.device, place.dtype) for t in held)
     update = LowRank(spec, Start(A, B, subtract=start.subtract), layout, switch)
-    update.train(layer.training)
+    if not layer.training:  # modules begin in training mode
+        update.train(False)
     if spec.dora:
         update.measure(layer)
     return update
@@ -107,6 +114,12 @@ def drop_updates(layer: LoRALayer, adapter: str) -> bool:
         if isinstance(update, Update) and update.switch.adapter == adapter:
             del layer.updates[key]
     return not layer.updates
+
+
+@functools.cache
+def _starts_alone(kind: type) -> bool:
+    """Whether a start of this class is an Init; remembered, as protocols are slow to ask."""
+    return issubclass(kind, Init)
 
 
 def _own(factor: Tensor) -> Tensor:

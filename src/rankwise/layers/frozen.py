@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["dense_weight", "is_quantized", "logical_shape", "quantization", "rounds_inputs"]
+__all__ = [
+    "dense_weight",
+    "is_quantized",
+    "logical_shape",
+    "own_parameter",
+    "quantization",
+    "rounds_inputs",
+]
 
 TORCHAO = "torchao"
 _BITSANDBYTES = {
@@ -14,6 +23,16 @@ _BITSANDBYTES = {
     "LinearNF4": "bitsandbytes 4-bit",
     "Linear8bitLt": "bitsandbytes 8-bit",
 }
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter that the module itself holds; None of another name.
+
+    It is asked for every layer of a model, and reads the module's own table, as attributes of
+    modules are found only after a search.
+    """
+    held: Mapping[str, nn.Parameter | None] = vars(module)["_parameters"]
+    return held[name] if name in held else None  # noqa: SIM401 - TorchScript's table has no get
 
 
 def quantization(module: nn.Module) -> str | None:
@@ -27,7 +46,7 @@ def quantization(module: nn.Module) -> str | None:
     kind = type(module)
     if kind.__module__.startswith("bitsandbytes."):
         return _BITSANDBYTES.get(kind.__name__)
-    weight = type(dict(module.named_parameters(recurse=False)).get("weight"))
+    weight = type(own_parameter(module, "weight"))
     if weight is nn.Parameter:  # asked first: torch.compile cannot read its __module__
         return None
     return f"torchao {weight.__name__}" if weight.__module__.startswith(TORCHAO) else None

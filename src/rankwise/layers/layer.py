@@ -21,7 +21,7 @@ from rankwise.kernels import (
     can_fuse,
 )
 from rankwise.layers.alike import embedding_gain
-from rankwise.layers.frozen import dense_weight, is_quantized, logical_shape
+from rankwise.layers.frozen import dense_weight, is_quantized, logical_shape, own_parameter
 from rankwise.layers.fusing import frozen_linear
 from rankwise.layers.layout import layout_of
 from rankwise.layers.rows import Routing, RowsDiffer
@@ -83,7 +83,7 @@ class LoRALayer(nn.Module, ABC):
 
     def stored_weight(self, parameter: str) -> Tensor:
         """A parameter of the base as it is stored, frozen."""
-        found = dict(self.base_layer.named_parameters(recurse=False)).get(parameter)
+        found = own_parameter(self.base_layer, parameter)
         return getattr(self.base_layer, parameter) if found is None else found
 
     def base_weight(self, parameter: str) -> Tensor:
@@ -202,7 +202,8 @@ class LoRAWrapper(LoRALayer, ABC):
         super().__init__()
         self.base_layer = base_layer
         self.updates = nn.ModuleDict()
-        self.train(base_layer.training)
+        self.training = base_layer.training
+        self.updates.training = self.training
 
     @property
     def weight(self) -> Tensor:

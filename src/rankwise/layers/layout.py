@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from rankwise.errors import UserError
 from rankwise.layers.alike import is_scaled_embedding, linear_alike
-from rankwise.layers.frozen import is_quantized, logical_shape
+from rankwise.layers.frozen import is_quantized, logical_shape, own_parameter
 
 __all__ = [
     "Layout",
@@ -193,17 +193,20 @@ def layouts(module: nn.Module, split: Split | None = None) -> Mapping[str, Layou
         return found
     if isinstance(module, nn.RNNBase | _ConvNd):  # these do not read their parameters by name,
         return {}  # or store them in another way
+    own = {name: p for name, p in vars(module)["_parameters"].items() if p is not None}
+    if not own:  # as of most modules of a model
+        return {}
     turned = getattr(module, "is_transposed", False) is True  # as transformers marks its experts
     return {
         f".{name}": Layout(name, tuple(p.shape), turned and p.ndim == 3, bank=p.ndim == 3)
-        for name, p in module.named_parameters(recurse=False)
+        for name, p in own.items()
         if not isinstance(p, nn.UninitializedParameter) and p.ndim in (2, 3)
     }
 
 
 def _attention(module: nn.MultiheadAttention) -> dict[str, Layout]:
     size = module.embed_dim
-    if "in_proj_weight" not in dict(module.named_parameters(recurse=False)):
+    if own_parameter(module, "in_proj_weight") is None:
         sizes = {"q_proj": size, "k_proj": module.kdim, "v_proj": module.vdim}
         return {f".{n}": Layout(f"{n}_weight", (size, s), part=n) for n, s in sizes.items()}
     return {
@@ -238,7 +241,7 @@ def refusal(module: nn.Module, layout: Layout | None = None) -> str | None:
         reason = _own_forward(module)
         if reason is not None:
             return reason
-    weight = dict(module.named_parameters(recurse=False)).get(parameter)
+    weight = own_parameter(module, parameter)
     if isinstance(weight, nn.UninitializedParameter):
         return "its weight has no shape yet; run one batch through the model first"
     if not is_wrapped(module) and weight is None:

@@ -79,17 +79,18 @@ class LowRank(Change):
     sections 4.1 and 4.3 (the norm is a constant for the gradient); docs/math.md (1), (8).
     """
 
+    spec: Spec
+    rows: Part | None
+    scale: float | Tensor
     start_A: Tensor | None
     start_B: Tensor | None
     magnitude: nn.Parameter | None
 
     def __init__(self, spec: Spec, start: Start, layout: Layout, switch: Switch) -> None:
         super().__init__()
-        self.spec = spec
-        self.layout = layout
-        self.switch = switch
+        # into the object's table: nn.Module asks of every attribute whether it is a tensor
+        vars(self).update(spec=spec, layout=layout, switch=switch, scale=spec.scale)
         self.rows = None if layout.rows is None else Part(layout.rows, start.A.device)
-        self.scale: float | Tensor = spec.scale
         self.lora_A = nn.Parameter(_padded(start.A, spec.slot, -2), requires_grad=not spec.freeze_A)
         self.lora_B = nn.Parameter(_padded(start.B, spec.slot, -1))
         frozen = (self.lora_A, self.lora_B) if start.subtract else (None, None)

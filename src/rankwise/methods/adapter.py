@@ -64,6 +64,8 @@ class Adapter:
         magnitudes: DoRA's m (out,) of each adapted weight, by its name.
         biases: what is added to biases (out,), by the bias's full parameter name.
         tokens: trained rows of embeddings, by the embedding's name.
+        lent: whether a model that this is put on takes the tensors of ``factors`` themselves,
+            where it would train copies of them else.
     """
 
     method: LoRA
@@ -73,6 +75,7 @@ class Adapter:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     tokens: Mapping[str, Tokens] = field(default_factory=dict[str, Tokens])
+    lent: bool = False
 
     def plan(self, model: nn.Module) -> Plan:
         """Place every tensor on this model, or say all that is wrong.
@@ -81,7 +84,8 @@ class Adapter:
             ArtifactError: a module is missing or has another shape, or a trained tensor does not
                 fit: the adapter was made for another base.
         """
-        table, weights = sites(model), targets_of(model, self.method.split)
+        table = sites(model)
+        weights = targets_of(model, self.method.split, table)
         problems = [p for name in self.factors if (p := self._misfit(name, weights, table))]
         problems.extend(p for name in self.modules if (p := self._module_misfit(name, table)))
         problems.extend(self._strays(table))
@@ -98,8 +102,8 @@ class Adapter:
         self, model: nn.Module, table: Mapping[str, Site], weights: Mapping[str, Target]
     ) -> Iterator[Addition]:
         for name, factors in self.factors.items():
-            target, spec = weights[name], self.method.spec(name)
-            yield add_low_rank(target, spec, factors=factors, magnitude=self.magnitudes.get(name))
+            target, spec, m = weights[name], self.method.spec(name), self.magnitudes.get(name)
+            yield add_low_rank(target, spec, factors=factors, magnitude=m, lent=self.lent)
             if self.method.tied:
                 for partner in tied_sites(model, target.site.name):
                     yield add_shared(name, partner)

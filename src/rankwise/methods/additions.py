@@ -53,12 +53,16 @@ def add_low_rank(
     start: Start | None = None,
     factors: Factors | None = None,
     magnitude: Tensor | None = None,
+    lent: bool = False,
 ) -> Addition:
-    """A low-rank update for a target, with learned factors, or a given start, or as spec says."""
+    """A low-rank update for a target, with learned factors, or a given start, or as spec says.
+
+    Factors that are ``lent`` become the update's own, and are copied else.
+    """
     given = start if factors is None else _start_of(factors)
 
     def make(layer: LoRALayer, switch: Switch, _: Mapping[str, Update]) -> LowRank:
-        update = low_rank(layer, target.layout, spec, switch, target.name, given)
+        update = low_rank(layer, target.layout, spec, switch, target.name, given, lent)
         with torch.no_grad():
             if factors is not None and factors.A0 is not None:
                 update.lora_A.copy_(factors.A)
@@ -156,6 +160,8 @@ def token_sites(
     Raises:
         UserError: a pattern means no embedding or several, or an id is not one of its rows.
     """
+    if not tokens:
+        return
     table = {n: s for n, s in sites(model).items() if isinstance(s.base, nn.Embedding)}
     problems: list[str] = []
     found: list[tuple[Site, Sequence[int]]] = []

@@ -115,6 +115,8 @@ def extra_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     Raises:
         UserError: a pattern means no module that has parameters.
     """
+    if not patterns:
+        return []
     table = sites(model)
     whole = [n for n, s in table.items() if any(True for _ in s.module.parameters())]
     chosen: list[str] = []
@@ -141,7 +143,7 @@ def copies(model: nn.Module, names: Sequence[str]) -> tuple[Placement, ...]:
 
     A module inside another named one is copied with it.
     """
-    table = sites(model)
+    table = sites(model) if names else {}
     return tuple(Placement(table[name], copy.deepcopy) for name in outermost(names))
 
 

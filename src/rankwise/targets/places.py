@@ -119,10 +119,15 @@ def _hung(parent: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str,
             yield from _hung(module, f"{name}.")
 
 
-def targets_of(model: nn.Module, split: Mapping[str, Split] | None = None) -> dict[str, Target]:
+def targets_of(
+    model: nn.Module,
+    split: Mapping[str, Split] | None = None,
+    table: Mapping[str, Site] | None = None,
+) -> dict[str, Target]:
     """Every weight of a model that can be named, whether it can be adapted or not.
 
-    ``split`` says by pattern which fused projections have parts.
+    ``split`` says by pattern which fused projections have parts; ``table`` is :func:`sites` of the
+    model, where the caller has it.
 
     Raises:
         UserError: a pattern of ``split`` means no Linear or Conv1D, or does not fit.
@@ -130,7 +135,7 @@ def targets_of(model: nn.Module, split: Mapping[str, Split] | None = None) -> di
     split = split or {}
     unused = set(split)
     found: dict[str, Target] = {}
-    for name, site in sites(model).items():
+    for name, site in (sites(model) if table is None else table).items():
         module = site.base
         key = None
         if split and (isinstance(module, nn.Linear) or is_conv1d(module)):

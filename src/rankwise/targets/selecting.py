@@ -40,7 +40,8 @@ def select(
     """
     if not target_modules:
         raise UserError("target_modules is empty; name at least one module, or 'all-linear'.")
-    modules, table = sites(model), targets_of(model, split)
+    modules = sites(model)
+    table = targets_of(model, split, modules)
     fit = {n: t for n, t in table.items() if refusal(t.site.base, t.layout) is None}
     problems: list[str] = []
     names = list(dict.fromkeys([*modules, *table]))
