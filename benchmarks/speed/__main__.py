@@ -18,7 +18,7 @@ from rankwise.train.manifest import surroundings
 RECORDS = Path(__file__).parent.parent / "records"
 PARTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "steps": steps.rows,
-    "memory": lambda _rounds: memory.rows(),
+    "memory": memory.rows,
     "verbs": verbs.rows,
     "forward": verbs.forward_rows,
     "loss": loss.rows,

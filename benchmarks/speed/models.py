@@ -49,6 +49,7 @@ def llama(layers: int, width: int, dtype: torch.dtype, device: str = "cpu") -> n
         num_key_value_heads=max(1, width // 512),
         vocab_size=32_000,
     )
+    torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
 
@@ -66,21 +67,24 @@ def batch_of(
     return {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": labels}
 
 
-def ours(base: nn.Module, targets: list[str], r: int = 8) -> nn.Module:
+def ours(base: nn.Module, targets: list[str], r: int = 8, dropout: float = 0.0) -> nn.Module:
     """A copy of the base with Rankwise's updates."""
     model = copy.deepcopy(base).train()
     torch.manual_seed(1)
     skip = [n for n, _ in model.named_modules() if n.endswith("pooler.dense")]
-    method = rw.LoRA(r, 2 * r, target_modules=targets, exclude_modules=skip, head="freeze")
-    rw.attach(model, method)
+    names = {"target_modules": targets, "exclude_modules": skip}
+    rw.attach(model, rw.LoRA(r, 2 * r, dropout=dropout, head="freeze", **names))
     return model
 
 
-def theirs(base: nn.Module, targets: list[str], r: int = 8, **more: Any) -> nn.Module:
+def theirs(
+    base: nn.Module, targets: list[str], r: int = 8, dropout: float = 0.0, **more: Any
+) -> nn.Module:
     """A copy of the base with PEFT's updates, the same numbers in them as in :func:`ours`."""
     pooled = any(n.endswith("pooler.dense") for n, _ in base.named_modules())
     skip = r".*pooler\.dense" if pooled else None
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, exclude_modules=skip)
+    names = {"target_modules": targets, "exclude_modules": skip}
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, **names)
     model: Any = peft.get_peft_model(copy.deepcopy(base), config, **more).train()
     state = {n: p for n, p in ours(base, targets, r).named_parameters() if "lora_" in n}
     for name, parameter in model.named_parameters():

@@ -1,8 +1,8 @@
-"""Single products on this processor: thin ones as written and turned, and a packed weight."""
+"""Pieces of a step by themselves: thin products, a packed weight, the optimiser's own step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,26 @@ from benchmarks.speed.timing import alternate, ratio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.kernels.dropout import draw
 from rankwise.kernels.packed import PackedLinear, can_pack
 
-__all__ = ["packing", "rows", "thin"]
+__all__ = ["masks", "optimizing", "packing", "rows", "thin"]
 
 N, R, CALLS = 1088, 8, 20
 SHAPES = ((384, 384), (1536, 384), (384, 1536))  # MiniLM's (out, in)
+
+
+def _factors(r: int, layers: int, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The shapes of A and B of every linear layer."""
+    return [pair for out, inner in shapes * layers for pair in ((r, inner), (out, r))]
+
+
+MODELS = {
+    "MiniLM, r = 8": _factors(8, 6, (SHAPES[0],) * 4 + SHAPES[1:]),
+    "Llama of 1.1B, r = 16": _factors(
+        16, 22, ((2048, 2048), (256, 2048)) * 2 + ((5632, 2048),) * 2 + ((2048, 5632),)
+    ),
+}
 
 
 def rows(rounds: int) -> Iterator[dict[str, Any]]:
@@ -26,16 +40,31 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
         for out, inner in SHAPES:
             on = f"{N:,} rows, in {inner:,}, out {out:,}, 1 thread"
             yield _row("dB = dYᵀ P, r = 8: as written / turned", on, thin(out), rounds)
+            drawn = "a mask of dropout: bernoulli_ / 16 bits for a number"
+            yield _row(drawn, f"{N:,} × {inner:,}, 1 thread", masks(inner), rounds)
             if can_pack(torch.empty(out, inner)):
                 yield _row("x Wᵀ: F.linear / packed", on, packing(out, inner), rounds)
     finally:
         torch.set_num_threads(threads)
+    for on, shapes in MODELS.items():
+        measure = "clipping and AdamW: as many tensors / one flat tensor"
+        yield _row(measure, f"{on}, {len(shapes)} tensors", optimizing(shapes), rounds, calls=1)
 
 
 def thin(out: int) -> Mapping[str, Callable[[], Tensor]]:
     """dB (out, r) of dY (N, out) and P (N, r), both ways."""
     dy, p = torch.randn(N, out), torch.randn(N, R)
     return {"as written": lambda: dy.T @ p, "turned": lambda: (p.T @ dy).T}
+
+
+def masks(inner: int) -> Mapping[str, Callable[[], Tensor]]:
+    """The mask (N, in) of dropout with p = 0.05, drawn by torch and as a branch draws it."""
+    device = torch.device("cpu")
+    room = torch.empty(N, inner, dtype=torch.bool)
+    return {
+        "bernoulli_": lambda: room.bernoulli_(0.95),
+        "16 bits": lambda: draw((N, inner), device, 0.05, 1),
+    }
 
 
 def packing(out: int, inner: int) -> Mapping[str, Callable[[], Tensor]]:
@@ -46,12 +75,35 @@ def packing(out: int, inner: int) -> Mapping[str, Callable[[], Tensor]]:
     return {"F.linear": lambda: F.linear(x, w, b), "packed": lambda: packed(x)}
 
 
+def optimizing(shapes: Sequence[tuple[int, int]]) -> Mapping[str, Callable[[], object]]:
+    """Clipping and a fused step of AdamW over the factors, and over as many numbers in one."""
+    count = sum(rows * columns for rows, columns in shapes)
+    return {"tensors": _optimizer(shapes), "flat": _optimizer([(1, count)])}
+
+
+def _optimizer(shapes: Sequence[tuple[int, int]]) -> Callable[[], object]:
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
 def _row(
-    measure: str, on: str, programs: Mapping[str, Callable[[], Tensor]], rounds: int
+    measure: str,
+    on: str,
+    programs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    calls: int = CALLS,
 ) -> dict[str, Any]:
-    def often(program: Callable[[], Tensor]) -> Callable[[], None]:
+    def often(program: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
-            for _ in range(CALLS):
+            for _ in range(calls):
                 program()
 
         return run
@@ -59,7 +111,7 @@ def _row(
     seconds = alternate({name: often(p) for name, p in programs.items()}, rounds)
     first, second = seconds.values()
     made = ratio(first, second)
-    middle = {n: 1e3 * sorted(s)[len(s) // 2] / CALLS for n, s in seconds.items()}
+    middle = {n: 1e3 * sorted(s)[len(s) // 2] / calls for n, s in seconds.items()}
     return {
         "measure": measure,
         "on": on,

@@ -12,7 +12,7 @@ from torch import nn
 
 import rankwise as rw
 
-__all__ = ["rows"]
+__all__ = ["rows", "step_of"]
 
 LOSSES = 30  # steps over which the losses are compared
 
@@ -49,7 +49,7 @@ def _row(
     rounds: int,
     first: str,
 ) -> dict[str, Any]:
-    apart = _losses_apart(base, targets, batch)
+    apart, exact = _losses_apart(base, targets, batch)
     contenders = {
         "floor": floor(base, first),
         "peft": theirs(base, targets),
@@ -59,7 +59,7 @@ def _row(
     done = [rw.optimize_frozen(m, batch["input_ids"].numel()) for m in packed]
     if done[1].packed:
         contenders |= {"packed floor": packed[0], "packed": packed[1]}
-    steps = {name: _step(m, batch) for name, m in contenders.items()}
+    steps = {name: step_of(m, batch) for name, m in contenders.items()}
     seconds = alternate(steps, rounds)
     best = "packed" if done[1].packed else "ours"
     low = "packed floor" if done[1].packed else "floor"
@@ -69,6 +69,7 @@ def _row(
         **_numbers("ratio", ratio(seconds["peft"], seconds[best])),
         **_numbers("over_floor", ratio(seconds[best], seconds[low])),
         "losses_apart": apart,
+        "from_float64": exact,
         "packed": len(done[1].packed),
         "milliseconds": {n: 1e3 * sorted(s)[len(s) // 2] for n, s in seconds.items()},
     }
@@ -79,7 +80,7 @@ def _numbers(name: str, made: Any) -> dict[str, list[float]]:
     return {name: [made.value, made.low, made.high]}
 
 
-def _step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
+def step_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
     """One step as a function; it gives the loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True) if trained else None
@@ -95,11 +96,24 @@ def _step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], floa
     return step
 
 
-def _losses_apart(base: nn.Module, targets: list[str], batch: dict[str, torch.Tensor]) -> float:
-    """The largest difference of PEFT's and our loss over the first steps, without dropout."""
-    found: list[list[float]] = []
-    for model in (theirs(base, targets), ours(base, targets)):
-        step = _step(model.eval(), {name: tensor[:4] for name, tensor in batch.items()})
-        found.append([step() for _ in range(LOSSES)])
-    assert found[0][0] != found[0][-1]
-    return max(abs(a - b) for a, b in zip(*found, strict=True))
+def _losses_apart(
+    base: nn.Module, targets: list[str], batch: dict[str, torch.Tensor]
+) -> tuple[float, dict[str, float]]:
+    """The largest difference of PEFT's and our loss over the first steps, without dropout.
+
+    And that of each from the same steps in float64, which says how much of it is rounding.
+    """
+    few = {name: tensor[:4] for name, tensor in batch.items()}
+
+    def losses(model: nn.Module) -> list[float]:
+        step = step_of(model.eval(), few)
+        return [step() for _ in range(LOSSES)]
+
+    made = {"peft": losses(theirs(base, targets)), "ours": losses(ours(base, targets))}
+    exact = losses(ours(base, targets).double())
+    assert exact[0] != exact[-1]
+
+    def apart(first: list[float], second: list[float]) -> float:
+        return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+    return apart(*made.values()), {name: apart(found, exact) for name, found in made.items()}

@@ -30,7 +30,16 @@ if TYPE_CHECKING:
         PiSSA,
     )
     from rankwise.io.adapters import load_adapter, save_adapter
-    from rankwise.layers import Activation, Packing, Split, optimize_frozen, restore_frozen
+    from rankwise.layers import (
+        Activation,
+        Packing,
+        Recomputation,
+        Split,
+        keep_activations,
+        optimize_frozen,
+        recompute_activations,
+        restore_frozen,
+    )
     from rankwise.lowrank import Factors
     from rankwise.merging import (
         Certificate,
@@ -101,7 +110,16 @@ _HOMES = {
         "PiSSA",
     ),
     "io.adapters": ("load_adapter", "save_adapter"),
-    "layers": ("Activation", "Packing", "Split", "optimize_frozen", "restore_frozen"),
+    "layers": (
+        "Activation",
+        "Packing",
+        "Recomputation",
+        "Split",
+        "keep_activations",
+        "optimize_frozen",
+        "recompute_activations",
+        "restore_frozen",
+    ),
     "lowrank": ("Factors",),
     "merging": (
         "Certificate",
@@ -187,6 +205,7 @@ __all__ = [
     "PiSSA",
     "PrefixTuning",
     "RankwiseError",
+    "Recomputation",
     "Spectrum",
     "Split",
     "Top",
@@ -204,11 +223,13 @@ __all__ = [
     "export_model",
     "extract",
     "hotswap",
+    "keep_activations",
     "load_adapter",
     "merge",
     "merged",
     "optimize_frozen",
     "parameter_groups",
+    "recompute_activations",
     "restore_frozen",
     "save_adapter",
     "set_active",

@@ -46,7 +46,7 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize(
     ("options", "here", "there"),
-    [({}, 1.06, 6), ({"dropout": 0.05}, 6.06, 12), ({"freeze_A": True}, 0.06, 0.09)],
+    [({}, 1.06, 6), ({"dropout": 0.05}, 1.06, 12), ({"freeze_A": True}, 0.06, 0.09)],
     ids=["plain", "dropout", "LoRA-FA"],
 )
 def test_7_less_is_kept_for_backward(options: dict[str, Any], here: float, there: float):

@@ -17,6 +17,7 @@ from rankwise.kernels import (
     add_delta_linear,
     can_fuse,
 )
+from rankwise.kernels.dropout import draw, new_seed
 
 SCALE = 1.7
 
@@ -233,7 +234,7 @@ def test_branches_for_some_rows(
     each = x.flatten(0, -2).shape[0] // 4
     torch.manual_seed(5)
     masks = [  # drawn as they are inside
-        torch.empty(len(n) * each, 7, dtype=torch.bool).bernoulli_(1 - dropout)
+        draw((len(n) * each, 7), x.device, dropout, new_seed(x.device))
         if dropout
         else torch.ones(len(n) * each, 7, dtype=torch.bool)
         for n in numbers

@@ -141,7 +141,7 @@ def test_infinities_that_the_base_has_too_are_no_fault(ids, trained):
 def spoil(monkeypatch, change) -> None:
     honest = fold.merged_weight
     monkeypatch.setattr(
-        fold, "merged_weight", lambda layer, name: change(layer, honest(layer, name))
+        fold, "merged_weight", lambda layer, *rest: change(layer, honest(layer, *rest))
     )
 
 

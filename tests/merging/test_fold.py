@@ -261,9 +261,9 @@ def test_without_keeping_each_old_weight_is_given_up_before_the_next_is_made(net
     alive = []
     honest = fold.plain
 
-    def watched(layer):
+    def watched(*given):
         alive.append(sum(ref() is not None for ref in old))
-        return honest(layer)
+        return honest(*given)
 
     monkeypatch.setattr(fold, "plain", watched)
     gc.disable()  # what is freed must be freed by the last reference, not by chance
@@ -281,7 +281,7 @@ def test_without_keeping_a_failed_merge_leaves_the_model_as_it_was(net, ids, mon
     with torch.no_grad():
         unmerged = model(ids)
     honest = fold.merged_weight
-    monkeypatch.setattr(fold, "merged_weight", lambda layer, name: honest(layer, name) * 1.001)
+    monkeypatch.setattr(fold, "merged_weight", lambda *given: honest(*given) * 1.001)
     with pytest.raises(MergeError, match="FAILED") as caught:
         merge(model, keep=False, probe=ids)
     assert caught.value.exit_code == 3

@@ -66,9 +66,9 @@ def test_an_honest_merge_is_never_refused(kind, dtype, n, m, r, power, seed):
             assert check.problem() is None
             assert check.lost <= 1.0001
         assert check.of == (n if kind == "embedding" else m)
-        written = plain(layer)
-        ratio = module.settle(layer, "weight", written)
-    assert 0 <= ratio <= 1
+        writing = module.Writing()
+        plain(layer, "x", writing)
+    assert 0 <= writing.sums["x"] <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,9 +114,9 @@ def test_each_merged_weight_is_computed_once(model, keep, monkeypatch):
     made = []
     honest = fold.merged_weight
 
-    def counted(layer, parameter):
+    def counted(layer, parameter, *rest):
         made.append(tuple(layer.base_weight(parameter).shape))
-        return honest(layer, parameter)
+        return honest(layer, parameter, *rest)
 
     monkeypatch.setattr(fold, "merged_weight", counted)
     merge(model, keep=keep)
@@ -126,20 +126,17 @@ def test_each_merged_weight_is_computed_once(model, keep, monkeypatch):
 # --- faults --------------------------------------------------------------------------------------
 
 
-def spoiled(layer, parameter, weight, rows, columns=slice(None)):
-    """W' without its update in some places, in a large weight."""
-    if weight.numel() > module.LARGE:
-        weight[rows, columns] = layer.base_weight(parameter)[rows, columns]
-    return weight
-
-
 def spoil(monkeypatch, *places):
-    honest = fold.merged_weight
-    monkeypatch.setattr(
-        fold,
-        "merged_weight",
-        lambda layer, name: spoiled(layer, name, honest(layer, name), *places),
-    )
+    """Leave W0 in some places of every large weight when it is written."""
+    honest = Sum.put
+
+    def wrong(self, there, wide, left):
+        before = wide.clone()
+        honest(self, there, wide, left)
+        if self.stored.numel() > module.LARGE:
+            there[places] = before[places].to(there.dtype)
+
+    monkeypatch.setattr(Sum, "put", wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -180,9 +177,9 @@ def test_a_wrong_scale_is_found_in_the_sample_and_changes_nothing(model, keep, m
     before, x = dict(model.named_modules()), torch.randn(2, 500)
     with torch.no_grad():
         unmerged = model(x)
-    honest = Sum.whole
+    honest = Sum.put
     monkeypatch.setattr(
-        Sum, "whole", lambda self, *size: honest(Sum(self.stored, self.left * 1.001, self.right))
+        Sum, "put", lambda self, there, wide, left: honest(self, there, wide, left * 1.001)
     )
     with pytest.raises(MergeError, match=r"of 0 is not W0 \+ δ rounded once \(an element"):
         merge(model, keep=keep)

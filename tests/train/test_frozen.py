@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import rankwise as rw
 from rankwise.kernels import can_pack
 from rankwise.layers import LowRank, is_packed
 from rankwise.train.config import FitConfig
-from rankwise.train.frozen import pack_frozen, train_mode
+from rankwise.train.frozen import pack_frozen, recompute_frozen, train_mode
 from rankwise.train.reporter import Silent
+from rankwise.train.run import fit
 
 
 class Model(nn.Module):
@@ -60,8 +62,6 @@ def test_a_run_that_goes_on_packs_the_same_layers() -> None:
 def test_the_manifest_names_what_was_packed(
     options: Callable[..., FitConfig], tmp_path: Path
 ) -> None:
-    from rankwise.train.run import fit
-
     result = fit(options(tmp_path / "auto", max_steps=1))
     packed = result.manifest["hardware"]["packed"]
     linears = {n for n, m in result.model.named_modules() if isinstance(m, nn.Linear)}
@@ -70,3 +70,36 @@ def test_the_manifest_names_what_was_packed(
     assert (
         fit(options(tmp_path / "no", max_steps=1, pack="no")).manifest["hardware"]["packed"] == []
     )
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_what_runs_again_is_told() -> None:
+    reporter = Notes()
+    recompute_frozen(adapted(), reporter)
+    base = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh())
+    recompute_frozen(base, reporter)
+    assert reporter.notes == [
+        "Run again in backward: nothing, as no module qualifies.",
+        "Run again in backward: activations 1.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"cache": 1.0, "layers": "1"}, {"method": "bottleneck"}, {"method": "full"}]
+)
+def test_a_run_that_recomputes_is_the_run_that_does_not(
+    more: dict[str, Any], options: Callable[..., FitConfig], tmp_path: Path
+) -> None:
+    states = []
+    for on in (False, True):
+        config = options(tmp_path / str(on), recompute=on, max_steps=3, **more)
+        states.append({n: t.clone() for n, t in fit(config).model.state_dict().items()})
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import rankwise as rw
 from rankwise.train.evaluate import Rows
 from rankwise.train.loop import Loop
-from rankwise.train.model import recompute_activations
+from rankwise.train.model import checkpoint_blocks
 
 CPU = torch.device("cpu")
 Make = Callable[..., Loop]
@@ -92,7 +93,7 @@ def test_gradients_are_clipped_to_the_norm(make: Make) -> None:
 def test_only_what_was_declared_changes(make: Make, checkpointing: bool) -> None:
     loop = make(max_steps=3, dropout=0.1)
     if checkpointing:
-        recompute_activations(loop.model)  # type: ignore[arg-type]
+        checkpoint_blocks(loop.model)  # type: ignore[arg-type]
     names = set(loop.parameters)
     assert {n.rpartition(".")[2] for n in names} == {"lora_A", "lora_B", "weight", "bias"}
     assert all("lora_" in n or n.startswith("classifier.") for n in names)
@@ -104,7 +105,16 @@ def test_only_what_was_declared_changes(make: Make, checkpointing: bool) -> None
 
 def test_gradient_checkpointing_changes_no_number(make: Make) -> None:
     plain, saving = make(max_steps=3, dropout=0.1), make(max_steps=3, dropout=0.1)
-    recompute_activations(saving.model)  # type: ignore[arg-type]
+    checkpoint_blocks(saving.model)  # type: ignore[arg-type]
+    for loop in (plain, saving):
+        torch.manual_seed(5)
+        loop.run()
+    assert all(torch.equal(trained(plain)[n], p) for n, p in trained(saving).items())
+
+
+def test_recomputing_changes_no_number(make: Make) -> None:
+    plain, saving = make(max_steps=3, dropout=0.1), make(max_steps=3, dropout=0.1)
+    assert rw.recompute_activations(saving.model).activations
     for loop in (plain, saving):
         torch.manual_seed(5)
         loop.run()

@@ -32,7 +32,7 @@ _UNITS |= {f"{prefix}i": 1024**n for n, prefix in enumerate("kmgt", 1)}
     groups=("Method",),
     names=(
         *("revision", "task", "dtype", "device", "max_length"),
-        *("batch_size", "accumulate", "gradient_checkpointing", "eval_batch_size"),
+        *("batch_size", "accumulate", "recompute", "gradient_checkpointing", "eval_batch_size"),
         *("base_dropout", "pack"),
     ),
 )

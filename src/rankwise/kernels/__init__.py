@@ -9,6 +9,7 @@ from rankwise.kernels.formula import (
 from rankwise.kernels.linear import Branch, Frozen, adapted_linear, can_fuse
 from rankwise.kernels.packed import PackedLinear, can_pack
 from rankwise.kernels.plain import PlainLinear
+from rankwise.kernels.recompute import noted, recomputed
 from rankwise.kernels.rows import BatchRows
 
 __all__ = [
@@ -24,4 +25,6 @@ __all__ = [
     "branch_linear",
     "can_fuse",
     "can_pack",
+    "noted",
+    "recomputed",
 ]

@@ -8,15 +8,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rankwise.errors import RankwiseError
+from rankwise.kernels.dropout import draw, dropped, gain, new_seed
+from rankwise.kernels.eager import is_eager, is_lowered
+from rankwise.kernels.recompute import Origin, Recipe, origin_of
 from rankwise.kernels.rows import BatchRows
-
-_transforms = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
-_any_autocast = torch._C._is_any_autocast_enabled  # pyright: ignore[reportPrivateUsage]
-_tracing = torch._C._is_tracing  # pyright: ignore[reportPrivateUsage]
 
 __all__ = ["Branch", "Frozen", "adapted_linear", "can_fuse"]
 
@@ -43,23 +41,15 @@ class Frozen(Protocol):
 def can_fuse(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`adapted_linear` may stand for the plain formula here.
 
-    It may not where x and the weight differ in dtype, under autocast, inside torch.func's
-    transforms and forward-mode derivatives, and while torch.compile or torch.export trace, which
-    fuse the plain formula themselves.
+    It may not where x and the weight differ in dtype, under autocast, and where
+    :func:`.eager.is_eager` says no.
     """
     return (
         x.dtype is weight.dtype
         and x.dtype.is_floating_point
-        and not torch.compiler.is_compiling()
-        and not (_any_autocast() and _autocast_on(x.device.type))
-        and not _transforms()
-        and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
-        and not _tracing()
+        and is_eager()
+        and not is_lowered(x.device.type)
     )
-
-
-def _autocast_on(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class Branch(NamedTuple):
@@ -85,6 +75,10 @@ class Branch(NamedTuple):
         """The rows that this acts on, of t (N, ...)."""
         return t if self.rows is None else self.rows.pick(t)
 
+    def gained(self, thin: Tensor) -> Tensor:
+        """P or Z (r, N) with the gain of dropout, which is cheaper there than on x or dx."""
+        return thin * gain(self.dropout) if self.dropout > 0.0 else thin
+
     def add(self, t: Tensor, change: Tensor) -> None:
         """Add a change to the rows of t (N, ...) that this acts on, in place."""
         if self.rows is None:
@@ -108,8 +102,9 @@ def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Ten
 
         dA = Zᵀ D(x)        dB = s · dyᵀ P        dx = dy W + Σ D'(Z A)
 
-    Kept for backward: x, which layers that read the same x share, P (N·r), and of dropout one byte
-    for each element of x; where no A trains not even x. Nothing is kept in a wider dtype.
+    Kept for backward: x, which layers that read the same x share, P (N·r), and of dropout a seed;
+    where no A trains not even x. Nothing is kept in a wider dtype. Of an x that can be made again
+    (:mod:`.recompute`) its origin is kept, which is there anyway.
 
     A branch for some rows takes those of x, dy and y for all; the frozen layer is computed once for
     the whole batch. x (N, ...) has k rows for each of the batch, N = k · ``rows.of``.
@@ -127,7 +122,7 @@ def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Ten
                 return _few_by_rows(frozen, x, branches)
         return _sum(frozen, x, branches)[0]
     factors = [factor for branch in branches for factor in (branch.A, branch.B)]
-    return _AdaptedLinear.apply(x, frozen, tuple(branches), *factors)
+    return _AdaptedLinear.apply(x, frozen, tuple(branches), origin_of(x), *factors)
 
 
 def _few(frozen: Frozen, x: Tensor, branch: Branch) -> Tensor:
@@ -176,21 +171,28 @@ def _scales(
     return made.to(device)
 
 
-def _sum(
-    frozen: Frozen, x: Tensor, branches: Sequence[Branch]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
-    """y, and of each branch Pᵀ (r, N) and the inputs that dropout kept."""
+class _Kept(NamedTuple):
+    """Of a branch: Pᵀ (r, N), and the inputs that dropout spared, or the seed that tells them."""
+
+    down: Tensor
+    mask: Tensor | None
+    seed: int | None
+
+
+def _sum(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, list[_Kept]]:
+    """y, and what backward needs of each branch."""
     y = frozen.forward(x)
     rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    made: list[tuple[Tensor, Tensor | None]] = []
+    made: list[_Kept] = []
     for branch in branches:
-        mask, inputs = None, branch.taken(rows)
+        mask, seed, inputs = None, None, branch.taken(rows)
         if branch.dropout > 0.0:
-            mask = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(1.0 - branch.dropout)
-            inputs = _dropped(inputs, mask, branch.dropout)
-        down = branch.A.to(x.dtype) @ inputs.T
+            seed = new_seed(x.device)
+            mask = draw(inputs.shape, x.device, branch.dropout, seed)
+            inputs = dropped(inputs, mask)
+        down = branch.gained(branch.A.to(x.dtype) @ inputs.T)
         branch.add_product(branch.part(sums), down.T, branch.B.to(x.dtype).T, branch.scale)
-        made.append((down, mask))
+        made.append(_Kept(down, mask if seed is None else None, seed))
     return y, made
 
 
@@ -203,23 +205,34 @@ _NO_INPUT = (
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: Frozen, branches: tuple[Branch, ...], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        frozen: Frozen,
+        branches: tuple[Branch, ...],
+        origin: Origin | None,
+        *factors: Tensor,
     ) -> Tensor:
         y, made = _sum(frozen, x, branches)
         need_x, train_A, train_B = _needs(ctx)
         if need_x or any(train_A) or any(train_B):
             kept: list[Tensor | None] = []
-            for (down, mask), a, b in zip(made, train_A, train_B, strict=True):
+            ctx.frozen, ctx.branches, ctx.seeds = frozen, branches, []
+            for (down, mask, seed), a, b in zip(made, train_A, train_B, strict=True):
                 kept += [down if b else None, mask if need_x or a else None]
-            ctx.frozen, ctx.branches = frozen, branches
-            inputs = x if any(train_A) else None
-            ctx.save_for_backward(inputs, frozen.saved() if need_x else None, *kept, *factors)
+                ctx.seeds.append(seed if need_x or a else None)
+            ctx.recipe, sources = None, ()
+            if origin is not None and any(train_A):
+                ctx.recipe, sources = origin
+                ctx.recipe.readers += 1
+            inputs = x if any(train_A) and ctx.recipe is None else None
+            weight = frozen.saved() if need_x else None
+            ctx.save_for_backward(inputs, weight, *kept, *factors, *sources)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,) = grads
-        if not (_any_autocast() and _autocast_on(grad.device.type)):
+        if not is_lowered(grad.device.type):
             return _AdaptedLinear._gradients(ctx, grad)
         with torch.autocast(grad.device.type, enabled=False):  # as it was in forward
             return _AdaptedLinear._gradients(ctx, grad)
@@ -230,6 +243,8 @@ class _AdaptedLinear(torch.autograd.Function):
         need_x, train_A, train_B = _needs(ctx)
         x, _, *saved = ctx.saved_tensors  # reading them checks that none was written since
         dy = grad.reshape(-1, grad.shape[-1])
+        if ctx.recipe is not None:
+            x = _made_again(ctx.recipe, saved[4 * len(branches) :])
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         dx = ctx.frozen.backward(dy) if need_x else None
         found: list[Tensor | None] = []
@@ -237,18 +252,21 @@ class _AdaptedLinear(torch.autograd.Function):
             down, mask = saved[2 * i : 2 * i + 2]
             A, B = saved[2 * len(branches) + 2 * i :][:2]
             part = branch.taken(branch.part(dy))
-            up = branch.scale * (B.to(dy.dtype).T @ part.T) if need_x or train_A[i] else None
+            mask = _mask(branch, mask, ctx.seeds[i], part)
+            up = None
+            if need_x or train_A[i]:
+                up = branch.gained(branch.scale * (B.to(dy.dtype).T @ part.T))
             if up is not None and dx is not None:
                 if mask is None:
                     branch.add_product(dx, up.T, A.to(dy.dtype))
                 else:
-                    branch.add(dx, _dropped(up.T @ A.to(dy.dtype), mask, branch.dropout))
+                    branch.add(dx, dropped(up.T @ A.to(dy.dtype), mask))
             dA = dB = None
             twice = torch.is_grad_enabled() and train_B[i]  # P is then a function of x and A again
             inputs = None
             if rows is not None and (train_A[i] or twice):
                 inputs = branch.taken(rows)
-                inputs = inputs if mask is None else _dropped(inputs, mask, branch.dropout)
+                inputs = inputs if mask is None else dropped(inputs, mask)
             if train_A[i]:
                 assert inputs is not None
                 assert up is not None
@@ -256,21 +274,28 @@ class _AdaptedLinear(torch.autograd.Function):
             if twice:
                 if inputs is None:
                     raise RankwiseError(_NO_INPUT)
-                down = A.to(inputs.dtype) @ inputs.T
+                down = branch.gained(A.to(inputs.dtype) @ inputs.T)
             if train_B[i]:
                 dB = (branch.scale * (down @ part)).T.to(B.dtype)
             found += [dA, dB]
         if dx is not None:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
-        return dx, None, None, *found
+        return dx, None, None, None, *found
 
 
 def _needs(ctx: Any) -> tuple[bool, tuple[bool, ...], tuple[bool, ...]]:
     """Whether x needs a gradient, and which A and B do."""
-    need_x, _, _, *factors = ctx.needs_input_grad
+    need_x, _, _, _, *factors = ctx.needs_input_grad
     return need_x, tuple(factors[0::2]), tuple(factors[1::2])
 
 
-def _dropped(rows: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """rows where the mask is true, scaled up by 1 / (1 − p), and zero elsewhere."""
-    return rows * mask * (1.0 / (1.0 - dropout))
+def _mask(branch: Branch, kept: Tensor | None, seed: int | None, dy: Tensor) -> Tensor | None:
+    """Which inputs dropout spared, for a branch's rows of dy (n, out); None for all."""
+    if seed is None:
+        return kept
+    return draw((dy.shape[0], branch.A.shape[1]), dy.device, branch.dropout, seed)
+
+
+def _made_again(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:
+    """x, for derivatives of derivatives as a function of what it was made of."""
+    return recipe.run(sources) if torch.is_grad_enabled() else recipe.again(sources)[0].detach()

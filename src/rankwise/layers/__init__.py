@@ -25,6 +25,8 @@ from rankwise.layers.layout import (
 )
 from rankwise.layers.packing import Packing, optimize_frozen, restore_frozen
 from rankwise.layers.prefix import FreePrefix, GrownPrefix, Prefix, Trunk
+from rankwise.layers.recompute import Recomputation, keep_activations, recompute_activations
+from rankwise.layers.recomputing import is_recomputing
 from rankwise.layers.rows import ByRows, Routing
 from rankwise.layers.spec import Spec, Switch
 from rankwise.layers.update import (
@@ -56,6 +58,7 @@ __all__ = [
     "Offset",
     "Packing",
     "Prefix",
+    "Recomputation",
     "Routing",
     "Shared",
     "Spec",
@@ -72,7 +75,9 @@ __all__ = [
     "is_conv1d",
     "is_packed",
     "is_quantized",
+    "is_recomputing",
     "is_wrapped",
+    "keep_activations",
     "layout_of",
     "layouts",
     "low_rank",
@@ -82,6 +87,7 @@ __all__ = [
     "pack",
     "place_of",
     "quantization",
+    "recompute_activations",
     "refusal",
     "released",
     "restore_frozen",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rankwise.errors import RankwiseError, UserError
 from rankwise.layers.layer import LoRALayer
+from rankwise.layers.recomputing import is_recomputing
 from rankwise.layers.update import Change
 
 __all__ = ["LoRAHost", "host", "released", "widened"]
@@ -61,6 +62,8 @@ def host(module: nn.Module, names: tuple[str, ...]) -> LoRAHost:
     twin = copy.copy(module)
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
         vars(twin)[name] = vars(module)[name].copy()  # everything else, hooks too, they share
+    if is_recomputing(twin):
+        del twin.forward  # which would read the frozen parameters
     twin.__class__ = _class(type(module), tuple(sorted(names)))
     assert isinstance(twin, LoRAHost)
     object.__setattr__(twin, "base_layer", module)  # not a submodule: its tensors are the twin's

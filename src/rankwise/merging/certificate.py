@@ -19,7 +19,7 @@ from rankwise.merging.effect import (
     outputs,
     recorded_inputs,
 )
-from rankwise.merging.rounding import LayerCheck, check_layer, roundoff
+from rankwise.merging.rounding import LayerCheck, check_layer, check_name, roundoff
 
 __all__ = ["Certificate", "LayerCheck", "OutputCheck", "certify"]
 
@@ -187,8 +187,12 @@ def certify(
     twins: Mapping[str, nn.Module],
     probe: Probe | None,
     untied: tuple[str, ...],
+    sums: Mapping[str, float],
 ) -> Certificate:
     """Measure what a model becomes with ``twins`` in the places of its adapted layers.
+
+    ``sums`` are those of the large weights that were summed up as they were written, by the name
+    of their check.
 
     Runs the model on the probe three times (unmerged, base, merged), and each layer by itself on
     the inputs that it got in the unmerged run. Evaluation mode, no autocast, no gradients; the
@@ -209,7 +213,14 @@ def certify(
             check = _check_outputs(unmerged, plain, merged)
             bad = [OUTPUTS] if _newly_nonfinite(merged, plain) else []
         layers = tuple(
-            check_layer(site.name, layer, parameter, twins[site.name], inputs.get(site.name))
+            check_layer(
+                site.name,
+                layer,
+                parameter,
+                twins[site.name],
+                inputs.get(site.name),
+                sums.get(check_name(site.name, parameter)),
+            )
             for site, layer in adapted
             for parameter in layer.adapted()
         )

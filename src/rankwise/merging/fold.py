@@ -25,15 +25,16 @@ from rankwise.layers import (
     Shared,
     is_packed,
     is_quantized,
+    is_recomputing,
     quantization,
     rounds_inputs,
     unpack,
 )
-from rankwise.merging.blocks import BLOCK, held, sum_of
+from rankwise.merging.blocks import BLOCK, Spares, held, sum_of
 from rankwise.merging.certificate import Certificate, certify
 from rankwise.merging.effect import Probe, full_float32, instead
 from rankwise.merging.rounding import check_name
-from rankwise.merging.sample import settle
+from rankwise.merging.sample import Writing
 from rankwise.targets import Site, shared_weights, sites
 
 __all__ = ["MergeError", "merge", "merged", "unmerge"]
@@ -67,16 +68,17 @@ def merge(model: nn.Module, *, keep: bool = True, probe: Probe | None = None) ->
     on both. A quantised layer that only stores its weight in fewer bits becomes a plain one in the
     dtype in which it computes; W0 is then what its numbers stand for. Trained copies, such as the
     head, stay where they are. The certificate is made before anything is changed. Of weights with
-    more than 2^18 numbers it compares some rows number by number, and all in sums over short runs;
-    without ``keep`` the sums are made as each W' is written, before its W0 is given up, and a W'
-    that does not hold them is computed anew in float64.
+    more than 2^18 numbers it compares some rows number by number, and all in sums over short runs,
+    which are made as each W' is written. Without ``keep`` that is after the certificate, before
+    its W0 is given up, and a W' that does not hold its sums is computed anew in float64.
 
     Args:
         model: what :func:`rankwise.attach` was called on.
         keep: keep the adapted layers aside, so that :func:`unmerge` can put them back; changes
             made to the plain layers are then lost. Without it the model is plain afterwards: each
             adapted layer is given up as soon as its plain one is made, so that no more than one
-            weight is held twice, and nothing of the adapter is left but its effect.
+            weight of each size is held twice, and nothing of the adapter is left but its effect.
+            The memory of a W0 that nobody else can see is written with the next W' of its size.
         probe: inputs to compare the outputs of the whole model on: a tensor, positional inputs,
             or inputs by keyword. Without it only the layers are compared, each by itself.
 
@@ -93,10 +95,10 @@ def merge(model: nn.Module, *, keep: bool = True, probe: Probe | None = None) ->
         )
     adapted = adapted_sites(model)
     gather(UserError, "The adapter cannot be merged", [p for s, m in adapted if (p := _bar(s, m))])
-    stand_in = plain if keep else streamed
-    twins = {site.name: stand_in(layer) for site, layer in adapted}
+    writing = Writing()
+    twins = {s.name: plain(m, s.name, writing) if keep else streamed(m) for s, m in adapted}
     _keep_tied(adapted, twins)
-    certificate = certify(model, twins, probe, _untied(model))
+    certificate = certify(model, twins, probe, _untied(model), writing.sums)
     if not certificate.passed:
         raise MergeError(certificate)
     if keep:
@@ -153,8 +155,13 @@ def merged(model: nn.Module, *, probe: Probe | None = None) -> Generator[Certifi
         unmerge(model)
 
 
-def merged_weight(layer: LoRALayer, parameter: str) -> Tensor:
-    """W' = W0 + Σ δ, laid out and rounded once as W0 is; a sum of products in blocks of rows."""
+def merged_weight(
+    layer: LoRALayer, parameter: str, name: str = "", writing: Writing | None = None
+) -> Tensor:
+    """W' = W0 + Σ δ, laid out and rounded once as W0 is; a sum of products in blocks of rows.
+
+    Of a large one ``writing`` gets the sums, under the name of the site.
+    """
     stored = layer.base_weight(parameter) if _has(layer, parameter) else None
     with torch.no_grad(), full_float32():
         if stored is None:
@@ -163,7 +170,9 @@ def merged_weight(layer: LoRALayer, parameter: str) -> Tensor:
             total = sum_of(layer, parameter, stored)
             if total is None:
                 return layer.effective(parameter).contiguous()
-            return total.whole(BLOCK)
+            if writing is None:
+                return total.whole(BLOCK)
+            return writing.write(check_name(name, parameter), layer, parameter, total, BLOCK)
 
 
 def _has(layer: LoRALayer, parameter: str) -> bool:
@@ -177,14 +186,14 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False)
 
 
-def plain(layer: LoRALayer) -> nn.Module:
+def plain(layer: LoRALayer, name: str = "", writing: Writing | None = None) -> nn.Module:
     """A module of the base layer's class and settings that holds the merged parameters.
 
     Whatever is not adapted in it is the same object as in the base.
     """
     twin = _twin(layer)
     for parameter in layer.adapted():
-        value = nn.Parameter(merged_weight(layer, parameter), requires_grad=False)
+        value = nn.Parameter(merged_weight(layer, parameter, name, writing), requires_grad=False)
         twin.register_parameter(parameter, value)
     return twin
 
@@ -279,7 +288,7 @@ def _bar(site: Site, layer: LoRALayer) -> str | None:
             f"the {missing[0]} of '{site.name}' is computed from other tensors; make it a plain "
             "one first (torch.nn.utils.parametrize.remove_parametrizations)."
         )
-    if "forward" in vars(original) and not is_packed(original):
+    if "forward" in vars(original) and not (is_packed(original) or is_recomputing(original)):
         return (
             f"the forward of '{site.name}' was replaced on the object, as accelerate's hooks do; "
             "take them off first (accelerate.hooks.remove_hook_from_module)."
@@ -308,22 +317,29 @@ def _replace(model: nn.Module, homes: list[tuple[str, tuple[str, ...]]]) -> dict
     together = [
         (s, m) for s, m in adapted_sites(model) if any(id(u) in sources for u in m.live())
     ] + shared
-    twins = {site.name: plain(layer) for site, layer in together}
+    spares = Spares(w for name, _ in homes for w in _own(model.get_submodule(name)))
+    writing = Writing(mend=True, spares=spares)
+    twins = {site.name: plain(layer, site.name, writing) for site, layer in together}
     _keep_tied(together, twins)
     del shared, together
-    sums: dict[str, float] = {}
     for name, places in homes:
         layer = model.get_submodule(name)
         assert isinstance(layer, LoRALayer)
-        twin = twins[name] if name in twins else plain(layer)
-        for parameter in layer.adapted():
-            with torch.no_grad(), full_float32(), _no_autocast(next(twin.parameters())):
-                ratio = settle(layer, parameter, twin)
-            if ratio is not None:
-                sums[check_name(name, parameter)] = ratio
+        twin = twins[name] if name in twins else plain(layer, name, writing)
         Site(name, layer, places, model).put(twin)
+        old = _own(layer)
         del layer, twin
-    return sums
+        while old:
+            spares.give(old.pop())
+    return writing.sums
+
+
+def _own(layer: nn.Module) -> list[Tensor]:
+    """The adapted parameters of the base, plain ones, under other names than theirs."""
+    assert isinstance(layer, LoRALayer)
+    parameters = dict(layer.base_layer.named_parameters(recurse=False))
+    found = (parameters.get(name) for name in layer.adapted())
+    return [p.detach() for p in found if type(p) is nn.Parameter]
 
 
 def _lost(name: str, site: Site | None, twin: nn.Module, layer: LoRALayer) -> str | None:

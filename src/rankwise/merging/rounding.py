@@ -100,17 +100,23 @@ def check_name(site: str, parameter: str) -> str:
 
 
 def check_layer(
-    site: str, layer: LoRALayer, parameter: str, merged: nn.Module, x: Tensor | None
+    site: str,
+    layer: LoRALayer,
+    parameter: str,
+    merged: nn.Module,
+    x: Tensor | None,
+    sums: float | None = None,
 ) -> LayerCheck:
     """Measure one merged parameter on probe inputs x: rows (N, in), ids (N,), or images.
 
     Without them, seeded Gaussian ones are drawn (ids at random). Rows of an embedding that trained
     are looked at whatever the probe holds. A parameter that its owner reads is measured as the
     linear layer that it is a matrix of. Of a large weight a sample of the rows is compared number
-    by number, and all of it in sums (:mod:`rankwise.merging.sample`). No gradients may be on.
+    by number, and all of it in sums (:mod:`rankwise.merging.sample`), unless those were made when
+    W' was written. No gradients may be on.
     """
     name = check_name(site, parameter)
-    sample = sampled(layer, parameter, merged, x)
+    sample = sampled(layer, parameter, merged, x, sums)
     if sample is not None:
         return _check_sample(name, layer, parameter, merged, sample, x)
     found: Tensor = getattr(merged, parameter)

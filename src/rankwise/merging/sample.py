@@ -10,22 +10,30 @@ sees a fault in a single number only from some part of the run's own size on: he
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rankwise.layers import LoRALayer
-from rankwise.merging.blocks import Sum, held, products, sum_of, widened
+from rankwise.merging.blocks import (
+    BLOCK,
+    RUN,
+    Runs,
+    Spares,
+    Sum,
+    cut_in_runs,
+    held,
+    products,
+    sum_of,
+)
 from rankwise.merging.slabs import Slab, cut, reference
 from rankwise.merging.units import gamma, roundoff, smallest
 
-__all__ = ["LARGE", "Sample", "sampled", "settle"]
+__all__ = ["LARGE", "Sample", "Writing", "sampled"]
 
 LARGE = 2**18  # numbers; a weight of no more is compared number by number
 ROWS = 8  # compared number by number of a large one, beside the ids that a probe looks up
-RUN = 64
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Sample:
         of: how many rows, or ids, there are.
         slab: W0, its updates and W' there.
         sums: the largest |Σ ± (W' - (W0 + δ))| / bound of all runs; 0 while W' is computed when
-            it is read, see :func:`settle`.
+            it is read, see :class:`Writing`.
         update: ‖δ‖ of the whole weight.
     """
 
@@ -49,10 +57,17 @@ class Sample:
     update: float
 
 
-def sampled(layer: LoRALayer, parameter: str, merged: nn.Module, x: Tensor | None) -> Sample | None:
+def sampled(
+    layer: LoRALayer,
+    parameter: str,
+    merged: nn.Module,
+    x: Tensor | None,
+    sums: float | None = None,
+) -> Sample | None:
     """The sample of a large weight; None of another, which is compared number by number.
 
-    So is a large one that is more than a sum of products, or that may not be finite.
+    So is a large one that is more than a sum of products, or that may not be finite. ``sums`` are
+    those that were made when W' was written; without them a held W' is summed up now.
     """
     total = _large(layer, parameter)
     if total is None:
@@ -68,7 +83,7 @@ def sampled(layer: LoRALayer, parameter: str, merged: nn.Module, x: Tensor | Non
         sums, finite = 0.0, total.surely_finite()
         there = total.at(places, axis).whole()
     else:
-        sums = _sums(layer, parameter, total, found)
+        sums = _sums(layer, parameter, total, found, write=False) if sums is None else sums
         finite = math.isfinite(sums)
         there = found.index_select(axis, places)
     if not finite:
@@ -77,21 +92,34 @@ def sampled(layer: LoRALayer, parameter: str, merged: nn.Module, x: Tensor | Non
     return Sample(places, of, slab, sums, total.norm())
 
 
-def settle(layer: LoRALayer, parameter: str, twin: nn.Module) -> float | None:
-    """The sums of a large W' once it is written, before its W0 is given up; None of another.
+@dataclass
+class Writing:
+    """How a merge writes its matrices.
 
-    Should they not hold, W' is computed anew in float64, as the reference that it is checked
-    against: what a certificate has passed is then still what the model gets.
+    Attributes:
+        mend: compute a large W' that does not hold its sums anew in float64, as the reference that
+            it is checked against: what a certificate has passed is then still what the model gets.
+        spares: memory for W'.
+        sums: of the large W' that were written, by the names of their checks.
     """
-    total = _large(layer, parameter)
-    if total is None:
-        return None
-    sums = _sums(layer, parameter, total, twin.get_parameter(parameter))
-    if not sums <= 1:
-        again = nn.Parameter(reference(layer, parameter), requires_grad=False)
-        twin.register_parameter(parameter, again)
-        sums = _sums(layer, parameter, total, again)
-    return sums
+
+    mend: bool = False
+    spares: Spares = field(default_factory=Spares)
+    sums: dict[str, float] = field(default_factory=dict[str, float])
+
+    def write(
+        self, check: str, layer: LoRALayer, parameter: str, total: Sum, size: int = BLOCK
+    ) -> Tensor:
+        """W', a sum of products."""
+        weight = self.spares.take(total.stored)
+        if weight.numel() <= LARGE:
+            return total.through(weight, size=size)
+        sums = _sums(layer, parameter, total, weight, write=True, size=size)
+        if self.mend and not sums <= 1:
+            weight = reference(layer, parameter)
+            sums = _sums(layer, parameter, total, weight, write=False)
+        self.sums[check] = sums
+        return weight
 
 
 def _large(layer: LoRALayer, parameter: str) -> Sum | None:
@@ -101,47 +129,21 @@ def _large(layer: LoRALayer, parameter: str) -> Sum | None:
     return sum_of(layer, parameter, layer.base_weight(parameter))
 
 
-def _sums(layer: LoRALayer, parameter: str, total: Sum, merged: Tensor) -> float:
+def _sums(
+    layer: LoRALayer, parameter: str, total: Sum, merged: Tensor, *, write: bool, size: int = BLOCK
+) -> float:
     """The largest |W' v - W0 v - L (R v)| / bound of all runs; NaN or infinite where W' is."""
-    dtype, count = merged.dtype, merged.shape[0]
-    signs, buffer = _signs(total.left), total.buffer()
-    room = -(-merged.shape[1] // RUN)
-    before, after, size = (total.left.new_empty(count * room) for _ in range(3))
-    for rows in total.blocks():
-        place = slice(rows.start * room, rows.stop * room)
-        torch.mv(_runs(widened(total.stored[rows], buffer)), signs, out=before[place])
-        runs = _runs(widened(merged[rows], buffer))
-        torch.mv(runs, signs, out=after[place])
-        torch.linalg.vector_norm(runs, dim=1, out=size[place])
-    delta, terms, roundings = _updates(layer, parameter, signs)
-    carried = 4 * gamma(RUN + roundings + 4, roundoff(buffer.dtype))
-    rounded = 1.02 * roundoff(dtype) if dtype != buffer.dtype else 0.0
-    bound = size.mul_(math.sqrt(RUN) * (rounded + carried)).add_(terms, alpha=carried)
-    apart = after.sub_(before).sub_(delta).abs_()
-    return float(apart.div_(bound.add_(RUN * smallest(dtype))).max())
-
-
-def _updates(layer: LoRALayer, parameter: str, signs: Tensor) -> tuple[Tensor, Tensor, int]:
-    """δ v by run, what its terms add up to without their signs, and the roundings in δ."""
-    changes = layer.changes(parameter)
-    turned = changes[0].layout.transposed
-    values, sizes, roundings = signs.new_zeros(()), signs.new_zeros(()), 0
-    for pair in products(changes):
-        left, right = (pair.A.mT, pair.B.mT) if turned else (pair.B, pair.A)
-        left, right = (f.detach().to(signs.dtype) for f in (left * pair.scale, right))
-        runs = _runs(right).view(len(right), -1, RUN)
-        values = values + left @ (runs @ signs)
-        sizes = sizes + left.abs() @ runs.abs().sum(-1)
-        roundings += pair.r + 2
-    return values.flatten(), sizes.flatten(), roundings
-
-
-def _runs(numbers: Tensor) -> Tensor:
-    """Rows cut into runs, (rows · runs, RUN); the last run of each is filled up with zeros."""
-    missing = -numbers.shape[-1] % RUN
-    return (F.pad(numbers, (0, missing)) if missing else numbers).reshape(-1, RUN)
-
-
-def _signs(like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randint(2, (RUN,), generator=generator) * 2 - 1).to(like)
+    turned = layer.changes(parameter)[0].layout.transposed
+    runs = Runs.of(total)
+    total.through(merged, runs, write=write, size=size)
+    pairs = products(layer.changes(parameter))
+    carried = 4 * gamma(RUN + sum(p.r + 2 for p in pairs) + 4, roundoff(runs.size.dtype))
+    rounded = 1.02 * roundoff(merged.dtype) if merged.dtype != runs.size.dtype else 0.0
+    bound = runs.size.mul_(math.sqrt(RUN) * (rounded + carried)).add_(RUN * smallest(merged.dtype))
+    for pair in pairs:
+        left, right = (pair.B, pair.A) if not turned else (pair.A.mT, pair.B.mT)
+        left, right = (f.detach().to(runs.signs) for f in (left * pair.scale, right))
+        parts = cut_in_runs(right).view(len(right), -1, RUN)
+        runs.base.addmm_(left, parts @ runs.signs)
+        bound.addmm_(left.abs(), parts.abs().sum(-1), alpha=carried)
+    return float(runs.merged.sub_(runs.base).abs_().div_(bound).max())

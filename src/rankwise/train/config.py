@@ -170,8 +170,7 @@ class FitConfig(BaseModel):
     )
     tied: bool = _option(
         False,
-        "Where an adapted layer shares its weight with another, put the update on both, so that "
-        "they stay tied.",
+        "Where an adapted layer shares its weight with another, put the update on both.",
         METHOD,
     )
     adapter_size: Positive = _option(64, "Width of the bottleneck networks.", METHOD)
@@ -210,8 +209,7 @@ class FitConfig(BaseModel):
     )
     lora_plus: float = _option(
         1.0,
-        "LoRA+: the learning rate of B is so many times that of A; 1 is plain LoRA, 16 what its "
-        "authors propose, with a smaller lr.",
+        "LoRA+: B's rate over A's; 1 is plain LoRA, 16 what its authors propose with a lower lr.",
         TRAINING,
         ge=1,
         allow_inf_nan=False,
@@ -231,8 +229,11 @@ class FitConfig(BaseModel):
         10, "End the run after so many steps in a row with a non-finite loss or gradient.", TRAINING
     )
     group_by_length: bool = _option(True, "Put rows of like length into one batch.", TRAINING)
+    recompute: bool = _option(
+        False, "Run norms, activations and gates again in backward: less memory.", TRAINING
+    )
     gradient_checkpointing: bool = _option(
-        False, "Recompute activations in backward: less memory, more time.", TRAINING
+        False, "Run whole blocks again in backward: least memory, more time.", TRAINING
     )
     base_dropout: bool = _option(
         True, "Let the dropout that the base has of its own act in training.", TRAINING
@@ -240,8 +241,7 @@ class FitConfig(BaseModel):
     cache: float = _option(
         0.0,
         "Keep what the frozen layers below the first trained one give for each row, in up to so "
-        "many GB of files in the run folder, so that they run once and not in each epoch. They "
-        "then run without dropout. 0 keeps nothing.",
+        "many GB of files in the run folder: they run once, without dropout. 0 keeps nothing.",
         TRAINING,
         ge=0,
         allow_inf_nan=False,

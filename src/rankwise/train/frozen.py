@@ -1,4 +1,4 @@
-"""How the frozen part of a model runs while the rest trains: its dropout, and its kernels."""
+"""How the frozen part of a model runs while the rest trains: dropout, kernels, what it keeps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from rankwise.attaching import trained_copies
-from rankwise.layers import Update, optimize_frozen, pack
+from rankwise.layers import Update, optimize_frozen, pack, recompute_activations
 from rankwise.train.reporter import Reporter
 
-__all__ = ["pack_frozen", "train_mode"]
+__all__ = ["pack_frozen", "recompute_frozen", "train_mode"]
 
 
 def train_mode(model: nn.Module, base_dropout: bool) -> None:
@@ -67,3 +67,14 @@ def pack_frozen(
             f"measured here, that takes down to {best:.2f} of the plain time."
         )
     return done.packed
+
+
+def recompute_frozen(model: nn.Module, reporter: Reporter) -> None:
+    """Let backward make cheap outputs again in place of keeping them; the reporter is told which.
+
+    The numbers stay the same bit for bit, so that a run may go on with or without it.
+    """
+    done = recompute_activations(model)
+    kinds = {"norms": done.norms, "activations": done.activations, "gated MLPs": done.gated}
+    found = ", ".join(f"{kind} {len(names)}" for kind, names in kinds.items() if names)
+    reporter.note(f"Run again in backward: {found or 'nothing, as no module qualifies'}.")

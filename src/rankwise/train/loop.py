@@ -246,8 +246,8 @@ class Loop:
         size = self.progress.micro_batch
         if size == 1:
             raise EnvironmentFault(
-                "Memory ran out with a single row. Use --gradient-checkpointing, a smaller "
-                "--max-length, or --dtype bfloat16."
+                "Memory ran out with a single row. Use --recompute, --gradient-checkpointing, a "
+                "smaller --max-length, or --dtype bfloat16."
             ) from error
         self.progress = replace(self.progress, micro_batch=max(1, size // 2))
         passes = math.ceil(self.config.batch_size / self.progress.micro_batch)

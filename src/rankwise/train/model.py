@@ -361,7 +361,7 @@ def longest(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) 
     return min(limits) if limits else None
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
+def checkpoint_blocks(model: PreTrainedModel) -> None:
     """Keep the inputs of each block alone and compute the rest again in backward.
 
     Raises:

@@ -34,8 +34,8 @@ from rankwise.methods.lora import LoRA
 from rankwise.methods.prefix import PrefixTuning
 from rankwise.train.config import FitConfig
 from rankwise.train.evaluate import Rows, batch_loss
-from rankwise.train.frozen import pack_frozen
-from rankwise.train.model import Base, fresh_modules, recompute_activations
+from rankwise.train.frozen import pack_frozen, recompute_frozen
+from rankwise.train.model import Base, checkpoint_blocks, fresh_modules
 from rankwise.train.precision import Choice, cast_frozen, choose_dtype
 from rankwise.train.reporter import Reporter
 
@@ -307,7 +307,7 @@ def equip(
     for note in done.notes:
         watcher.note(note)
     if config.gradient_checkpointing:
-        recompute_activations(model)
+        checkpoint_blocks(model)
     frozen = config.method != "full"
     if before is not None:
         hardware = before["hardware"]
@@ -322,6 +322,8 @@ def equip(
                 "and keeps it in float32. Use --dtype float32 or auto."
             )
         cast_frozen(model, choice.dtype)
+    if config.recompute:  # in the format that it trains in, which decides what is kept
+        recompute_frozen(model, watcher)
     watcher.note(f"Base in {choice.name} on {device.type} ({choice.reason}).")
     return choice
 

@@ -90,6 +90,7 @@ def test_a_step_holds_what_it_holds_on_real_tensors(
     [
         {"dtype": "bfloat16"},
         {"gradient_checkpointing": True},
+        {"recompute": True, "dtype": "bfloat16"},
         {"accumulate": 3},
         {"dora": True, "init": "pissa", "target_modules": "all-linear"},
         {"freeze_a": True},
@@ -100,7 +101,8 @@ def test_options_change_both_alike(more: dict[str, Any], llama: Path) -> None:
     config = options(llama, **more)
     rehearsal = Rehearsal(config, 2, CPU)
     found = rehearsal.step(3).total, rehearsal.evaluation(3).total
-    assert found == pytest.approx(really(config, rehearsal, 3), rel=0.01)
+    near = 0.02 if config.recompute else 0.01
+    assert found == pytest.approx(really(config, rehearsal, 3), rel=near)
 
 
 def test_the_parts_are_those_of_counting(gpt2: Path) -> None:
@@ -122,12 +124,13 @@ def test_a_larger_batch_holds_more_and_a_smaller_one_the_same_as_before(bert: Pa
     assert sizes[0] == sizes[2] < sizes[1]
 
 
-def test_checkpointing_keeps_fewer_activations(llama: Path) -> None:
+@pytest.mark.parametrize(("way", "most"), [("gradient_checkpointing", 0.8), ("recompute", 0.9)])
+def test_running_again_keeps_fewer_activations(llama: Path, way: str, most: float) -> None:
     plain, lean = (
-        Rehearsal(options(llama, gradient_checkpointing=on, max_length=96), 2, CPU).step(8).parts
+        Rehearsal(options(llama, **{way: on}, max_length=96), 2, CPU).step(8).parts
         for on in (False, True)
     )
-    assert lean[Part.ACTIVATIONS] < 0.8 * plain[Part.ACTIVATIONS]
+    assert lean[Part.ACTIVATIONS] < most * plain[Part.ACTIVATIONS]
 
 
 def test_rows_are_no_longer_than_the_model_takes(bert: Path) -> None:
