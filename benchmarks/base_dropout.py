@@ -6,7 +6,7 @@
 `--no-base-dropout`, over seeds: the demo's data, and SST-2 where the folder with GLUE's train.tsv
 and dev.tsv is given. The two ways take turns under each seed. A difference is of pairs of one seed,
 with its standard error over the seeds; the seconds are of training alone. Prints the table as
-Markdown and writes benchmarks/records/base-dropout.json.
+Markdown and keeps it in benchmarks/records/.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rankwise.train.setup import Data
 
 __all__ = ["compared", "once"]
 
-RECORD = Path(__file__).parent / "records" / "base-dropout.json"
+RECORDS = Path(__file__).parent / "records"
 WAYS = {"with": True, "without": False}
 HELD = 480
 
@@ -98,7 +98,9 @@ def main() -> None:
         sets[f"SST-2, {asked.rows:,} rows"] = Data(train, held)
     rows = [compared(name, data, asked.seeds, asked.epochs) for name, data in sets.items()]
     print("\n".join(lines(rows)))
-    RECORD.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    made = json.dumps({**about, "rows": rows}, indent=1)
+    path = RECORDS / f"base-dropout-{asked.epochs}-epochs.json"
+    path.write_text(made + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

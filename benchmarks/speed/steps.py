@@ -11,6 +11,7 @@ from benchmarks.speed.timing import alternate, ratio
 from torch import nn
 
 import rankwise as rw
+from rankwise.train.frozen import train_mode
 
 __all__ = ["rows", "step_of"]
 
@@ -18,53 +19,50 @@ LOSSES = 30  # steps over which the losses are compared
 
 
 def rows(rounds: int) -> Iterator[dict[str, Any]]:
-    """A row of the table for each model, number format and choice of layers."""
+    """A row of the table for each model, number format and choice of layers, and with dropout."""
     half = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere a step takes minutes
     formats = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if half else {})
     for name, dtype in formats.items():
-        bert = minilm(dtype)
-        batch = batch_of(32, 34, 30_000, classes=2)
-        for layers, targets in LINEAR["bert"].items():
-            yield _row(f"MiniLM, {name}", layers, bert, targets, batch, rounds, "bert.embeddings")
-        small = llama(4, 512, dtype)
-        batch = batch_of(4, 128, 32_000, classes=None)
-        for layers, targets in LINEAR["llama"].items():
-            yield _row(
-                f"Llama 4 × 512, {name}",
-                layers,
-                small,
-                targets,
-                batch,
-                rounds,
-                "model.layers.0.input_layernorm",
-            )
+        bert = f"MiniLM, {name}", minilm(dtype), "bert.embeddings"
+        small = f"Llama 4 × 512, {name}", llama(4, 512, dtype), "model.layers.0.input_layernorm"
+        batches = batch_of(32, 34, 30_000, classes=2), batch_of(4, 128, 32_000, classes=None)
+        for kind, (on, base, first), batch in zip(LINEAR, (bert, small), batches, strict=True):
+            for layers in LINEAR[kind]:
+                yield _row(on, base, first, kind, layers, batch, rounds)
+            yield _row(on, base, first, kind, "all linear", batch, rounds, dropout=0.05)
 
 
 def _row(
     model: str,
-    layers: str,
     base: nn.Module,
-    targets: list[str],
+    first: str,
+    kind: str,
+    layers: str,
     batch: dict[str, torch.Tensor],
     rounds: int,
-    first: str,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
+    targets = LINEAR[kind][layers]
     apart, exact = _losses_apart(base, targets, batch)
     contenders = {
         "floor": floor(base, first),
-        "peft": theirs(base, targets),
-        "ours": ours(base, targets),
+        "peft": theirs(base, targets, dropout=dropout),
+        "ours": ours(base, targets, dropout=dropout),
     }
-    packed = floor(base, first), ours(base, targets)
+    packed = floor(base, first), ours(base, targets, dropout=dropout)
     done = [rw.optimize_frozen(m, batch["input_ids"].numel()) for m in packed]
     if done[1].packed:
         contenders |= {"packed floor": packed[0], "packed": packed[1]}
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in base.modules()):
+        contenders["base without dropout"] = ours(base, targets, dropout=dropout)
+        train_mode(contenders["base without dropout"], base_dropout=False)
     steps = {name: step_of(m, batch) for name, m in contenders.items()}
     seconds = alternate(steps, rounds)
     best = "packed" if done[1].packed else "ours"
     low = "packed floor" if done[1].packed else "floor"
+    dropped = f", dropout {dropout:g}" if dropout else ""
     found = {
-        "measure": f"training step, {layers}: PEFT / ours",
+        "measure": f"training step, {layers}{dropped}: PEFT / ours",
         "on": model,
         **_numbers("ratio", ratio(seconds["peft"], seconds[best])),
         **_numbers("over_floor", ratio(seconds[best], seconds[low])),
@@ -73,6 +71,9 @@ def _row(
         "packed": len(done[1].packed),
         "milliseconds": {n: 1e3 * sorted(s)[len(s) // 2] for n, s in seconds.items()},
     }
+    if "base without dropout" in seconds:
+        quiet = ratio(seconds["peft"], seconds["base without dropout"])
+        found |= _numbers("PEFT_/_ours_without_the_base's_dropout", quiet)
     return found
 
 

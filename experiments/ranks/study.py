@@ -23,7 +23,8 @@ from rankwise.lab.settings import Setting
 from rankwise.methods.adapter import Adapter, adapter_of
 from rankwise.methods.trimming import Prefix, cut_to, trim
 from rankwise.train.answers import read_answers, write_answers
-from rankwise.train.config import FitConfig, make_config, read_config
+from rankwise.train.config import FitConfig, make_config
+from rankwise.train.config_file import read_config
 from rankwise.train.manifest import read_manifest
 from rankwise.train.reporter import Reporter
 from rankwise.train.restore import restore

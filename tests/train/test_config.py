@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,14 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.errors import UserError
-from rankwise.train.config import (
-    _MEANT_FOR,
-    FitConfig,
-    dump_config,
-    make_config,
-    read_config,
-    refuse_idle,
-)
+from rankwise.train.config import _MEANT_FOR, FitConfig, make_config, refuse_idle
+from rankwise.train.config_file import dump_config
 
 NEEDED = {"model": "m", "data": "d.tsv", "out": "o"}
 
@@ -130,48 +123,13 @@ def test_what_is_dumped_is_read_back(values: dict[str, Any]) -> None:
     assert all(f"{name}:" in text for name in FitConfig.model_fields)
 
 
-def test_a_file_is_read_like_the_flags(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("# a comment\nmodel: m\ndata: d\nout: o\nlr: 1e-4\nlayers: 0-3\n")
-    values = read_config(str(file))
-    assert make_config(values, "file") == make_config(
-        {"model": "m", "data": "d", "out": "o", "lr": "1e-4", "layers": "0-3"}, "flags"
-    )
-
-
-def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "empty.yaml"
-    file.write_text("# nothing\n")
-    assert read_config(str(file)) == {}
-
-
-def test_files_that_are_no_config(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("model: m\ndata: [d\nout: o\n")
-    with pytest.raises(UserError, match=r"run\.yaml:\d is not YAML"):
-        read_config(str(tmp_path / "run.yaml"))
-    with pytest.raises(UserError, match=r"Did you mean '.*run\.yaml'"):
-        read_config(str(tmp_path / "rum.yaml"))
-    (tmp_path / "list.yaml").write_text("- model\n")
-    with pytest.raises(UserError, match="not a list"):
-        read_config(str(tmp_path / "list.yaml"))
-    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_config(str(tmp_path / "bytes.yaml"))
-
-
-def test_yaml_runs_no_code(tmp_path: Path) -> None:
-    sign = tmp_path / "ran"
-    file = tmp_path / "bad.yaml"
-    file.write_text(f"model: !!python/object/apply:pathlib.Path.touch ['{sign}']\n")
-    with pytest.raises(UserError):
-        read_config(str(file))
-    assert not sign.exists()
-
-
 def test_defaults_that_follow_from_other_options_are_filled_in() -> None:
     assert (made().lr, made().alpha) == (1e-3, 16.0)
     assert (made(r=4, lr=0.5).lr, made(r=4).alpha, made(alpha=3).alpha) == (0.5, 8.0, 3.0)
     assert (made(method="head").lr, made(method="head").alpha) == (5e-3, None)
+    assert [made(method=m).base_dropout for m in ("full", "lora", "head")] == [True, False, False]
+    assert made(base_dropout=True).base_dropout
+    assert not made(method="full", base_dropout=False).base_dropout
     assert made(task="regression").metric == "pearson"
     assert made(task="causal-lm", metric="loss").metric == "loss"
     text = dump_config(made(task="classification"))

@@ -18,7 +18,8 @@ from rankwise.errors import UserError
 from rankwise.methods.bitfit import BitFit
 from rankwise.methods.bottleneck import After, Bottleneck, Houlsby, Pfeiffer
 from rankwise.methods.prefix import PrefixTuning
-from rankwise.train.config import FitConfig, dump_config, make_config
+from rankwise.train.config import FitConfig, make_config
+from rankwise.train.config_file import dump_config
 from rankwise.train.counting import count_model
 from rankwise.train.export import merge_run
 from rankwise.train.manifest import method_record

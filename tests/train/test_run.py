@@ -13,7 +13,8 @@ from torch import nn
 from rankwise.attaching import attach, lora_layers
 from rankwise.errors import EnvironmentFault, RankwiseError, UserError
 from rankwise.io.adapters import load_adapter, save_adapter
-from rankwise.train.config import FitConfig, make_config, read_config
+from rankwise.train.config import FitConfig, make_config
+from rankwise.train.config_file import read_config
 from rankwise.train.folder import claim
 from rankwise.train.model import load_base
 from rankwise.train.run import fit

@@ -55,7 +55,7 @@ def command(
     """
     from rankwise.errors import UserError
     from rankwise.lab.advising import CONFIG, REPORT, TRIMMED, Advise, advise, without_rank
-    from rankwise.train.config import read_config
+    from rankwise.train.config_file import read_config
 
     values = {} if config is None else read_config(config)
     if r is None:

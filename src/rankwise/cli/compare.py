@@ -52,7 +52,7 @@ def command(
     """
     from rankwise.errors import UserError
     from rankwise.lab.compare.running import report_compare, run_compare
-    from rankwise.train.config import read_config
+    from rankwise.train.config_file import read_config
 
     values = given({"out": out, **options})
     if report_only:

@@ -33,7 +33,8 @@ def command(
     --target-modules query,value --out runs/first
     """
     from rankwise.errors import UserError
-    from rankwise.train.config import dump_config, make_config, read_config, refuse_idle
+    from rankwise.train.config import make_config, refuse_idle
+    from rankwise.train.config_file import dump_config, read_config
 
     asked = given(options)
     values = asked if config is None else read_config(config) | asked

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rankwise.errors import UserError, gather, nearest
 
-__all__ = ["FitConfig", "dump_config", "make_config", "read_config", "refuse_idle"]
+__all__ = ["FitConfig", "make_config", "refuse_idle"]
 
 
 def split_names(value: object) -> object:
@@ -235,8 +233,11 @@ class FitConfig(BaseModel):
     gradient_checkpointing: bool = _option(
         False, "Run whole blocks again in backward: least memory, more time.", TRAINING
     )
-    base_dropout: bool = _option(
-        True, "Let the dropout that the base has of its own act in training.", TRAINING
+    base_dropout: bool | None = _option(
+        None,
+        "Let the dropout that the base has of its own act in training; by default where the base "
+        "itself trains (full), and not where it is frozen.",
+        TRAINING,
     )
     cache: float = _option(
         0.0,
@@ -276,6 +277,11 @@ class FitConfig(BaseModel):
     @property
     def learning_rate(self) -> float:
         return self.lr if self.lr is not None else LEARNING_RATES[self.method]
+
+    @property
+    def base_drops(self) -> bool:
+        """Whether the base's own dropout acts in training."""
+        return self.method == "full" if self.base_dropout is None else self.base_dropout
 
     @property
     def head_ratio(self) -> float:
@@ -329,7 +335,7 @@ def _defaults(config: FitConfig) -> dict[str, Any]:
 
     With a rank_pattern α stays open: it is 2·r of each layer.
     """
-    found: dict[str, Any] = {"lr": config.learning_rate}
+    found: dict[str, Any] = {"lr": config.learning_rate, "base_dropout": config.base_drops}
     if config.alpha is None and config.method == "lora" and not config.rank_pattern:
         found["alpha"] = 2.0 * config.r
     if config.method == "bottleneck" and config.target_modules is None:
@@ -353,48 +359,3 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{flag} must be {expected}, got {error['input']!r}.{hint}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{flag} {message}, got {error['input']!r}."
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The keys and values of a YAML file.
-
-    Raises:
-        UserError: the file is missing, is no YAML, or holds no mapping of names.
-    """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        found = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        raise UserError(f"There is no config file '{path}'.{nearest(path, found)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The config file '{path}' cannot be read: {error}.") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{line} is not YAML: {getattr(error, 'problem', error)}.") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold 'key: value' lines, not a {type(values).__name__}.")
-    return {str(k): v for k, v in values.items()}
-
-
-def dump_config(config: FitConfig) -> str:
-    """The config as YAML with every value in force, in the order of the groups."""
-    values = config.model_dump(mode="json")
-    lines: list[str] = []
-    group = None
-    for name, field in FitConfig.model_fields.items():
-        extra = field.json_schema_extra
-        now = extra["group"] if isinstance(extra, dict) else None
-        if now != group:
-            group = now
-            lines.append(f"# {group}")
-        value = values[name]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        lines.append(yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True).strip())
-    return "\n".join(lines) + "\n"

@@ -181,7 +181,7 @@ class Loop:
 
     def update(self, passes: list[list[int]]) -> Step:
         """One optimiser step over these rows; none where the loss or a gradient is not finite."""
-        train_mode(self.model, self.config.base_dropout)
+        train_mode(self.model, self.config.base_drops)
         result = self._gradients(passes)
         if result.finite:
             self._note_live()

@@ -61,12 +61,14 @@ def _option_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """A clause for each option that differs.
 
     The run and its files may move, as the rows are known by their fingerprints; the device is told
-    apart.
+    apart. What backward runs again changes no number. An option that is newer than the run has its
+    default, which is what was done before there was one.
     """
+    may = ("out", "device", "data", "eval", "recompute")
     return [
-        f"--{key.replace('_', '-')} was {before.get(key)!r} and is now {value!r}"
+        f"--{key.replace('_', '-')} was {before[key]!r} and is now {value!r}"
         for key, value in now.items()
-        if before.get(key) != value and key not in ("out", "device", "data", "eval")
+        if key in before and before[key] != value and key not in may
     ]
 
 

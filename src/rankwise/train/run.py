@@ -24,7 +24,8 @@ from rankwise.methods.full import Full
 from rankwise.train import answers as row_answers
 from rankwise.train import manifest as record
 from rankwise.train.answers import Answers, write_answers
-from rankwise.train.config import FitConfig, dump_config
+from rankwise.train.config import FitConfig
+from rankwise.train.config_file import dump_config
 from rankwise.train.evaluate import Rows
 from rankwise.train.folder import claim, refuse_used
 from rankwise.train.frozen_cache import serving

@@ -20,7 +20,8 @@ from rankwise.io.peft_alone import read_peft_alone
 from rankwise.lab.advising import CONFIG, RECORDS, REPORT, TRIMMED, Advice, Advise, advise, summary
 from rankwise.lab.advising.options import without_rank
 from rankwise.lab.advising.running import _Desk, _write, silenced
-from rankwise.train.config import make_config, read_config
+from rankwise.train.config import make_config
+from rankwise.train.config_file import read_config
 from rankwise.train.reporter import Silent
 from rankwise.train.signals import Interrupted
 
