@@ -2,11 +2,11 @@
 
     python -m benchmarks.base_dropout [--sst2 FOLDER] [--seeds 5] [--rows 1000] [--epochs 3]
 
-`rankwise fit` on MiniLM with its defaults but for `--head-lr 0.03`, with and without
-`--no-base-dropout`, over seeds: the demo's data, and SST-2 where the folder with GLUE's train.tsv
+`rankwise fit` on MiniLM with its defaults but for `--head-lr 0.03`, with `--base-dropout`
+and with `--no-base-dropout`, over seeds: the demo's data, and SST-2 where the folder with GLUE's train.tsv
 and dev.tsv is given. The two ways take turns under each seed. A difference is of pairs of one seed,
-with its standard error over the seeds; the seconds are of training alone. Prints the table as
-Markdown and keeps it in benchmarks/records/.
+with its standard error over the seeds, after the last step. What a step costs is in `python -m
+benchmarks.speed --only steps`. Prints the table as Markdown and keeps it in benchmarks/records/.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "|---|---|--:|--:|--:|"
     for row in rows:
         pairs = list(zip(row["with"], row["without"], strict=True))
-        for measure in ("accuracy", "loss", "seconds"):
+        for measure in ("accuracy", "loss"):
             apart = [b[measure] - a[measure] for a, b in pairs]
             spread = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
             means = [statistics.mean(r[measure] for r in row[way]) for way in WAYS]

@@ -335,3 +335,37 @@ def test_a_model_compiles_without_a_graph_break():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, before[name])
+
+
+@pytest.mark.parametrize("name", ["Llama", "Bert"])
+def test_parameters_that_are_others_in_backward(name: str):
+    """functional_call lends them to the forward alone, and loading by assignment replaces them."""
+    model = attached(name, torch.float32)
+    lent = {n: 3 * p.detach() + 1 for n, p in model.named_parameters() if "orm" in n}
+    found: list[dict[str, Tensor]] = []
+    for recomputing in (False, True):
+        again = copy.deepcopy(model)
+        if recomputing:
+            rw.recompute_activations(again)
+        batch = {"input_ids": IDS, "labels": IDS}
+        loss = torch.func.functional_call(again, lent, (), batch).loss
+        again(**batch).loss.backward()
+        again.load_state_dict({n: t + 1 for n, t in lent.items()}, strict=False, assign=True)
+        loss.backward()
+        found.append({n: p.grad for n, p in again.named_parameters() if p.grad is not None})
+    assert found[0]
+    assert equal(*found)
+
+
+def test_a_hook_that_writes_behind_autograd():
+    plain, again = (attached("Llama", torch.float32) for _ in range(2))
+    rw.recompute_activations(again)
+    for model in (plain, again):
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm"):
+                module.register_forward_hook(_double)
+    assert equal(results(plain), results(again))
+
+
+def _double(_module: nn.Module, _inputs: object, made: Tensor) -> None:
+    made.data.mul_(2)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 import rankwise as rw
 from rankwise.kernels import can_pack
@@ -48,6 +49,17 @@ def test_the_base_is_quiet_and_what_trains_is_not() -> None:
     assert any(isinstance(m, LowRank) and m.training for m in model.modules())
     train_mode(model, base_dropout=True)
     assert all(module.training for module in model.modules())
+
+
+def test_dropout_that_a_block_computes_by_itself_is_quiet_too() -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "num_hidden_layers": 1}
+    opt = OPTForCausalLM(OPTConfig(**sizes, vocab_size=64, num_attention_heads=2))
+    rw.attach(opt, rw.LoRA(r=2, target_modules=["q_proj"], head="freeze"))
+    ids = torch.randint(5, 50, (2, 9))
+    train_mode(opt, base_dropout=False)
+    assert torch.equal(opt(input_ids=ids).logits, opt(input_ids=ids).logits)
+    train_mode(opt, base_dropout=True)
+    assert not torch.equal(opt(input_ids=ids).logits, opt(input_ids=ids).logits)
 
 
 def test_a_run_that_goes_on_packs_the_same_layers() -> None:

@@ -349,7 +349,8 @@ def test_another_kind_of_device_is_refused(stopped: Any, tmp_path: Path, look: A
 def test_what_changes_no_number_may_be_named(stopped: Any, tmp_path: Path) -> None:
     stopped(device="auto")
     file = tmp_path / "run" / "manifest.json"  # as of a version without this option
-    file.write_text(re.sub(r'"recompute": false,', "", file.read_text()))
+    file.write_text(re.sub(r'"(recompute|base_dropout)": false,', "", file.read_text()))
+    assert config_of_run(tmp_path / "run", {"device": "cpu"}).base_drops
     named = config_of_run(tmp_path / "run", {"device": "cpu", "recompute": True})
     assert fit(named, resume=True).manifest["status"] == "finished"
 

@@ -93,7 +93,8 @@ def load_adapter(
             mmap=True)`` does, in place of copying them: it loads faster, takes no memory of its own
             on the CPU until a number is written, which leaves the file as it is, and processes
             share the pages. The file must then not be cut or rewritten in place while the model
-            lives; :func:`save_adapter` replaces files and never rewrites them.
+            lives; :func:`save_adapter` replaces files and never rewrites them. What else was
+            trained, other methods' files and .bin files are copied all the same.
 
     Raises:
         UserError: there is no such folder, or the model carries an adapter of this name already.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -33,16 +34,27 @@ class Single:
         self.whole = whole
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held = [p for p in vars(self.module)["_parameters"].values() if p is not None]
-        if kwargs or len(args) != 1 or any(p.requires_grad for p in held):
+        inside = vars(self.module)
+        held = {name: p for name, p in inside["_parameters"].items() if p is not None}
+        trains = any(p.requires_grad for p in held.values())
+        if kwargs or len(args) != 1 or trains or inside["_forward_hooks"]:
             return type(self.module).forward(self.module, *args, **kwargs)
-        return (recomputed if self.whole else noted)(self._own, *args, *held)
-
-    def _own(self, x: Tensor, *_held: Tensor) -> Tensor:
-        return type(self.module).forward(self.module, x)
+        own = functools.partial(_with_parameters, self.module, tuple(held))
+        return (recomputed if self.whole else noted)(own, *args, *held.values())
 
     def __reduce__(self) -> tuple[object, ...]:
         return Single, (self.module, self.whole)
+
+
+def _with_parameters(
+    module: nn.Module, names: Sequence[str], x: Tensor, *parameters: Tensor
+) -> Tensor:
+    """The module's forward with these parameters, which may be its own no longer."""
+    held = vars(module)["_parameters"]
+    if any(held.get(name) is not p for name, p in zip(names, parameters, strict=True)):
+        module = copy.copy(module)
+        vars(module)["_parameters"] = {**held, **dict(zip(names, parameters, strict=True))}
+    return type(module).forward(module, x)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ def config_of_run(folder: str | Path, given: Mapping[str, Any]) -> FitConfig:
     Raises:
         UserError: an option differs from the run's.
     """
-    stored = read_manifest(folder)["config"]
+    # a base's own dropout acted before there was an option
+    stored = {"base_dropout": True, **read_manifest(folder)["config"]}
     now = make_config({**stored, **given, "out": str(folder)}, f"The options to resume '{folder}'")
     _refuse(_option_changes(stored, now.model_dump(mode="json")))
     return now
@@ -61,8 +62,8 @@ def _option_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """A clause for each option that differs.
 
     The run and its files may move, as the rows are known by their fingerprints; the device is told
-    apart. What backward runs again changes no number. An option that is newer than the run has its
-    default, which is what was done before there was one.
+    apart. What backward runs again changes no number. An option that is newer than the run is what
+    was done before there was one (:func:`config_of_run`).
     """
     may = ("out", "device", "data", "eval", "recompute")
     return [
