@@ -2,8 +2,8 @@
 
     python -m benchmarks.base_dropout [--sst2 FOLDER] [--seeds 5] [--rows 1000] [--epochs 3]
 
-`rankwise fit` on MiniLM with its defaults but for `--head-lr 0.03`, with `--base-dropout`
-and with `--no-base-dropout`, over seeds: the demo's data, and SST-2 where the folder with GLUE's train.tsv
+`rankwise fit` on MiniLM with its defaults but for `--head-lr 0.03`, with `--base-dropout` and with
+`--no-base-dropout`, over seeds: the demo's data, and SST-2 where the folder with GLUE's train.tsv
 and dev.tsv is given. The two ways take turns under each seed. A difference is of pairs of one seed,
 with its standard error over the seeds, after the last step. What a step costs is in `python -m
 benchmarks.speed --only steps`. Prints the table as Markdown and keeps it in benchmarks/records/.
