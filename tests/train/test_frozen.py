@@ -45,7 +45,7 @@ def test_the_base_is_quiet_and_what_trains_is_not() -> None:
     train_mode(model, base_dropout=False)
     modes = {name: module.training for name, module in model.named_modules()}
     loud = {name for name, training in modes.items() if training}
-    assert loud == {"query.updates.default", "out", "out.0", "out.1"}
+    assert loud == {"", "query.updates.default", "out", "out.0", "out.1"}
     assert any(isinstance(m, LowRank) and m.training for m in model.modules())
     train_mode(model, base_dropout=True)
     assert all(module.training for module in model.modules())

@@ -18,16 +18,16 @@ __all__ = ["pack_frozen", "recompute_frozen", "train_mode"]
 def train_mode(model: nn.Module, base_dropout: bool) -> None:
     """Put a model into training mode; without its base's dropout when that is not wanted.
 
-    Then every module that does not train is in evaluation mode, but for blocks that gradient
-    checkpointing runs again, as it looks at their mode: dropout that such a block computes by
-    itself, as OPT's and BART's do, acts there. The dropout of low-rank updates and inside modules
+    Then every module below it that does not train is in evaluation mode, but for blocks that
+    gradient checkpointing runs again, as it looks at their mode: dropout that such a block computes
+    by itself, as OPT's and BART's do, acts there. The dropout of low-rank updates and inside modules
     that train whole acts either way.
     """
     model.train()
     if base_dropout:
         return
     own = [*trained_copies(model).values(), *(m for m in model.modules() if isinstance(m, Update))]
-    live = {id(inner) for module in own for inner in module.modules()}
+    live = {id(model), *(id(inner) for module in own for inner in module.modules())}
     for module in model.modules():
         if id(module) not in live and not getattr(module, "gradient_checkpointing", False):
             module.training = False
