@@ -34,7 +34,7 @@ def test_lora_beats_the_head_alone_on_real_text(shared: Path, minilm: Path, tmp_
             "method": method,
             "r": 8,
             "target_modules": "query,value",
-            "limit": 600,
+            "limit": 400,
             "epochs": 2,
             "batch_size": 8,
             **({} if method == "head" else {"head_lr": 0.005}),  # the rate of head-only's

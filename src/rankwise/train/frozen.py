@@ -20,8 +20,8 @@ def train_mode(model: nn.Module, base_dropout: bool) -> None:
 
     Then every module below it that does not train is in evaluation mode, but for blocks that
     gradient checkpointing runs again, as it looks at their mode: dropout that such a block computes
-    by itself, as OPT's and BART's do, acts there. The dropout of low-rank updates and inside modules
-    that train whole acts either way.
+    by itself, as OPT's and BART's do, acts there. The dropout of low-rank updates and inside
+    modules that train whole acts either way.
     """
     model.train()
     if base_dropout:
