@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,22 @@ def kept_for_backward(model: nn.Module, x: Tensor) -> float:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         assert model(x).requires_grad
     return sum(size for _, size in storages.values()) / x.nbytes
+
+
+def bytes_kept(run: Callable[[], Tensor], *there: Tensor) -> int:
+    """Bytes of distinct storages kept for backward, without those of some tensors."""
+    known = {t.untyped_storage().data_ptr() for t in there}
+    sizes: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        sizes[storage.data_ptr()] = (storage.nbytes(), saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        y = run()
+    assert y.requires_grad
+    return sum(size for at, (size, _) in sizes.items() if at not in known)
 
 
 @contextlib.contextmanager

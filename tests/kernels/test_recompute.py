@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from counting import bytes_kept
 from rankwise.kernels import Branch, PlainLinear, adapted_linear, noted, recomputed
 from rankwise.kernels.recompute import origin_of
 
@@ -38,22 +39,6 @@ class Counted:
     def __call__(self, *inputs: Tensor) -> Tensor:
         self.runs += 1
         return self.function(*inputs)
-
-
-def kept(run: Callable[[], Tensor], *there: Tensor) -> int:
-    """Bytes of distinct storages kept for backward, without those of some tensors."""
-    known = {t.untyped_storage().data_ptr() for t in there}
-    sizes: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        sizes[storage.data_ptr()] = (storage.nbytes(), saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        y = run()
-    assert y.requires_grad
-    return sum(size for at, (size, _) in sizes.items() if at not in known)
 
 
 def layer(width: int, out: int, dtype: torch.dtype = torch.float64) -> tuple[PlainLinear, Branch]:
@@ -116,14 +101,15 @@ def test_the_inputs_alone_are_kept():
     frozen, branch = layer(8, 5)
     there = (frozen.weight, branch.A, branch.B)
     both, low = 2 * gate.nbytes, 2 * 6 * 8  # g and u, and P
-    assert kept(lambda: recomputed(product, gate, up)) == both
+    assert bytes_kept(lambda: recomputed(product, gate, up)) == both
 
     def run() -> Tensor:
         return adapted_linear(frozen, recomputed(product, gate, up), [branch])
 
-    assert kept(run, *there) == both + low
+    assert bytes_kept(run, *there) == both + low
     assert (
-        kept(lambda: adapted_linear(frozen, product(gate, up), [branch]), *there) == 2 * both + low
+        bytes_kept(lambda: adapted_linear(frozen, product(gate, up), [branch]), *there)
+        == 2 * both + low
     )
 
 

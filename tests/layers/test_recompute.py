@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import rankwise as rw
+from counting import bytes_kept
 from rankwise.layers import LoRALayer
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3]])
@@ -87,18 +88,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def kept(model: nn.Module, **batch: Tensor) -> int:
     """Bytes of all storages kept for backward, parameters and buffers left out."""
-    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    sizes: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        sizes[storage.data_ptr()] = (storage.nbytes(), saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        loss = model(**batch).loss
-    assert loss.requires_grad
-    return sum(size for at, (size, _) in sizes.items() if at not in there)
+    return bytes_kept(lambda: model(**batch).loss, *model.parameters(), *model.buffers())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
