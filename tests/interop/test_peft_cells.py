@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.attaching import updates_of
 from rankwise.errors import UserError
+from rankwise.kernels.dropout import draw, dropped, gain, new_seed
 from twins import (
     ALPHA,
     One,
@@ -104,14 +105,31 @@ def test_a_rank_stabilised_magnitude_and_direction(kind: str, dtype: torch.dtype
     compare(ours, theirs, inputs(cell, dtype), TOLERANCE[dtype])
 
 
+class DrawnBySeed(nn.Module):
+    """Dropout as a low-rank branch draws it, to stand in the place of PEFT's."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        mask = draw(rows.shape, x.device, self.dropout, new_seed(x.device))
+        return (dropped(rows, mask) * gain(self.dropout)).view_as(x)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv1D of transformers", "conv2d"])
-def test_dropout_draws_the_same_numbers_and_rests_in_evaluation(kind: str):
+def test_dropout_acts_where_peft_has_it_and_rests_in_evaluation(kind: str):
     cell = WRAPPED[kind]
     base = One(cell.make()).double()
     ours, theirs = twins(base, {"dropout": 0.3}, {"lora_dropout": 0.3})
-    compare(ours, theirs, inputs(cell, torch.float64), 1e-13)
-    ours.eval()
-    theirs.eval()
+    compare(ours.eval(), theirs.eval(), inputs(cell, torch.float64), 1e-13)
+    ours.train()
+    theirs.train()
+    if kind != "conv2d":  # whose mask is torch's own, as PEFT's
+        places = [m for m in theirs.modules() if isinstance(m, nn.Dropout)]
+        assert [m.p for m in places] == [0.3]
+        theirs.layer.lora_dropout["default"] = DrawnBySeed(0.3)
     compare(ours, theirs, inputs(cell, torch.float64), 1e-13)
 
 

@@ -17,7 +17,7 @@ class WrittenNorm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 2, 16), requires_grad=False)
+        self.weight = nn.Parameter(torch.arange(5, 21) / 10, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
