@@ -1,5 +1,7 @@
 """What `make bench` counts and how it compares; times themselves are never asserted."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from benchmarks.bank import APART, SHARED, Bank, programs, rows
@@ -10,6 +12,7 @@ from benchmarks.speed.memory import kept
 from benchmarks.speed.models import LINEAR, batch_of, floor, llama, ours, theirs
 from benchmarks.speed.products import packing, thin
 from benchmarks.speed.timing import alternate, ratio
+from benchmarks.together import Grid
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning"
@@ -101,3 +104,12 @@ def test_the_table_of_banks_has_a_row_for_each_kind_and_choice_of_layers() -> No
     lines = list(rows(small_bank, 1))
     assert len(lines) == 2 + 4
     assert all(line.count("|") == 6 for line in lines)
+
+
+def test_runs_trained_together_are_timed_beside_the_same_runs_apart(bert: Path) -> None:
+    grid = Grid(str(bert), runs=2, rows=40, device="cpu")
+    grid.together()
+    grid.apart()
+    assert all(len(found) == 1 and found[0] > 0 for found in grid.training.values())
+    assert len(set(grid.losses["together"])) == 2
+    assert grid.apart_by < 1e-5

@@ -1,6 +1,7 @@
 """attach and detach on any nn.Module: what is put in, what trains, what acts, and the way back."""
 
 from rankwise.attaching.collector import uncollected
+from rankwise.attaching.lending import Lent
 from rankwise.attaching.plans import Addition, Method, Placement, Plan
 from rankwise.attaching.records import (
     Attachment,
@@ -26,6 +27,7 @@ from rankwise.attaching.verbs import attach, detach, rehearse
 __all__ = [
     "Addition",
     "Attachment",
+    "Lent",
     "Method",
     "Placement",
     "Plan",

@@ -29,10 +29,18 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Runs at a time; when not given, as many as there are cores and memory for, and "
-            "one on a GPU.",
+            help="Processes at a time, one run each; when not given, as many as there are cores "
+            "and memory for, and one on a GPU.",
         ),
     ] = None,
+    together: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Let up to so many runs of a process go through the base in one pass, where they "
+            "differ in rank, α and rates alone and have no dropout.",
+        ),
+    ] = 1,
     report_only: Annotated[
         bool,
         typer.Option("--report-only", help="Report what is finished in --out, and train nothing."),
@@ -58,6 +66,7 @@ def command(
     if report_only:
         beside = [name for name in values if name not in ("out", "reference")]
         beside += [] if jobs is None else ["jobs"]
+        beside += [] if together == 1 else ["together"]
         if beside:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
             raise UserError(f"--report-only trains nothing, so leave out {flags}.")
@@ -71,6 +80,8 @@ def command(
         found = report_compare(folder, typed)
     else:
         compared = {k: values.pop(k) for k in CompareConfig.model_fields if k in values}
-        found = run_compare(folder, values, compared, jobs=jobs, reporter=make_reporter())
+        found = run_compare(
+            folder, values, compared, jobs=jobs, together=together, reporter=make_reporter()
+        )
     print(found.summary())
     print(f"\nreport: {found.report}")

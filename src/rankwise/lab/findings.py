@@ -48,6 +48,7 @@ def findings(
         _tell_ranks(usable),
         *_tell_noise(settings, made),
         _tell_counts(settings),
+        _tell_together(runs),
         _tell_spectra(spectra or {}),
         *_tell_left_out(settings),
     ]
@@ -72,6 +73,17 @@ def check_comparable(runs: Sequence[RunRecord]) -> None:
             names = ", ".join(sorted(str(value) for value in values))
             problems.append(f"they differ in their {what}: {names}.")
     gather(UserError, "These runs cannot be compared; report them apart", problems)
+
+
+def _tell_together(runs: Sequence[RunRecord]) -> str:
+    shared = [run.together for run in runs if run.together > 1]
+    if not shared:
+        return ""
+    return (
+        f"{len(shared)} of the {words.count(len(runs), 'run')} went through the base together with "
+        f"others, {words.spread(shared)} in one process: their train time is their share, and "
+        "their peak memory is not told."
+    )
 
 
 def _tell_best(usable: Sequence[Setting], made: Sequence[Comparison]) -> str:

@@ -66,9 +66,10 @@ class RunRecord:
     ``metrics`` are those of the adapter that was kept, on the evaluation data; a value may be NaN.
     ``seconds`` holds wall time under "train" and "eval". ``peak_bytes`` is the most memory held by
     ``peak_of``, "process" or "device"; None when not known. ``diverged`` is true of a run that
-    failed because its loss or gradients were no finite numbers. ``answers`` are those of the kept
-    adapter to each evaluation row; None where the run has left none. ``folder`` is where the record
-    was read from, and takes no part in comparisons or in a report.
+    failed because its loss or gradients were no finite numbers. ``together`` is how many runs
+    trained in one process and shared their passes through the base: 1 for a run alone. ``answers``
+    are those of the kept adapter to each evaluation row; None where the run has left none.
+    ``folder`` is where the record was read from, and takes no part in comparisons or in a report.
     """
 
     name: str
@@ -84,6 +85,7 @@ class RunRecord:
     peak_bytes: int | None
     peak_of: str | None
     diverged: bool
+    together: int
     status: str
     data: Mapping[str, Any]
     base: Mapping[str, Any]

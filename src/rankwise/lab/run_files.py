@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 EVENTS = "metrics.jsonl"
 STATUSES = ("finished", "interrupted", "failed", "running")
 PEAKS = ("process", "device")
-LATER = {"memory": None, "diverged": False}  # what the first runs did not record
+LATER = {"memory": None, "diverged": False, "together": 1}  # which the first runs lack
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def _optional(check: Callable[[object], bool]) -> Callable[[object], bool]:
 
 PLAIN = (
     *("name", "method", "config", "seed", "task", "metric", "artifact_bytes", "status", "diverged"),
+    "together",
     *("data", "base", "code", "versions", "hardware"),
 )
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
@@ -102,6 +103,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "memory": (_optional(_is_mapping), "an object, or null"),
     "memory.of": (lambda value: value in PEAKS, "one of " + ", ".join(PEAKS)),
     "memory.peak": (_is_count, "a whole number of bytes"),
+    "together": (lambda value: _is_count(value) and value != 0, "a whole number of 1 or more"),
     "diverged": (lambda value: isinstance(value, bool), "true or false"),
     "status": (lambda value: value in STATUSES, "one of " + ", ".join(STATUSES)),
     "data": (_is_mapping, "an object"),

@@ -23,7 +23,16 @@ from rankwise.train.metrics import score
 from rankwise.train.precision import allocation_failed
 from rankwise.train.reporter import Reporter, Silent
 
-__all__ = ["Rows", "batch_loss", "evaluate", "measure", "outputs", "row_losses", "targets_in"]
+__all__ = [
+    "Rows",
+    "batch_loss",
+    "evaluate",
+    "measure",
+    "outputs",
+    "part_losses",
+    "row_losses",
+    "targets_in",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,17 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> Tens
     if task == "causal-lm":
         return language.summed_loss(model, batch)
     return row_losses(model, batch, task)[0].sum()
+
+
+def part_losses(model: nn.Module, batch: Mapping[str, Tensor], task: str, parts: int) -> Tensor:
+    """The :func:`batch_loss` of each of so many parts of a batch, (parts,).
+
+    The parts lie one after the other and have as many rows each, and for a language model as many
+    targets.
+    """
+    if task == "causal-lm":
+        return language.summed_losses(model, batch, parts)
+    return row_losses(model, batch, task)[0].view(parts, -1).sum(1)
 
 
 def row_losses(

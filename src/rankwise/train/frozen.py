@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.attaching import trained_copies
+from rankwise.attaching import attachments
 from rankwise.layers import Update, optimize_frozen, pack, recompute_activations
 from rankwise.train.reporter import Reporter
 
@@ -26,7 +26,8 @@ def train_mode(model: nn.Module, base_dropout: bool) -> None:
     model.train()
     if base_dropout:
         return
-    own = [*trained_copies(model).values(), *(m for m in model.modules() if isinstance(m, Update))]
+    own = [m for record in attachments(model).values() for m in record.copies.values()]
+    own += [m for m in model.modules() if isinstance(m, Update)]
     live = {id(model), *(id(inner) for module in own for inner in module.modules())}
     for module in model.modules():
         if id(module) not in live and not getattr(module, "gradient_checkpointing", False):

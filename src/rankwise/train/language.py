@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from rankwise.layers import Shared
 from rankwise.merging.effect import evaluating
 from rankwise.targets import is_transformers
 
-__all__ = ["POSITIONS", "positions", "row_losses", "summed_loss"]
+__all__ = ["POSITIONS", "positions", "row_losses", "see_output", "summed_loss", "summed_losses"]
 
 POSITIONS = "rankwise_positions"
 """The key of a batch with the places of its targets, which are looked for where it is missing."""
@@ -68,7 +68,20 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Where the output layer's whole weight trains, or where the model does more to its logits, those
     of all targets are held at once.
     """
+    return _sum(_predictions(model, batch, _targets(batch)))
+
+
+def summed_losses(model: nn.Module, batch: Mapping[str, Tensor], parts: int) -> Tensor:
+    """The :func:`summed_loss` of each of so many parts of a batch, (parts,).
+
+    The parts lie one after the other and are of as many rows and targets each.
+    """
     found = _predictions(model, batch, _targets(batch))
+    both = zip(found.states.tensor_split(parts), found.goals.tensor_split(parts), strict=True)
+    return torch.stack([_sum(replace(found, states=s, goals=g)) for s, g in both])
+
+
+def _sum(found: _Predictions) -> Tensor:
     trained = [] if found.head is None else _trained(found.head)
     width = found.states.shape[-1]
     if found.head is None or any(p.numel() >= found.vocabulary * width for p in trained):
@@ -143,7 +156,7 @@ def _targets(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _predictions(model: nn.Module, batch: Mapping[str, Tensor], at: Tensor) -> _Predictions:
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", POSITIONS)}
+    inputs = _inputs(batch)
     head = _output_layer(model, inputs)
     if head is None:
         states: Tensor = model(**inputs).logits
@@ -155,6 +168,19 @@ def _predictions(model: nn.Module, batch: Mapping[str, Tensor], at: Tensor) -> _
     states = states[:, :-1].flatten(0, 1).index_select(0, at)
     goals = batch["labels"][:, 1:].flatten().index_select(0, at)
     return _Predictions(states, goals, head, vocabulary)
+
+
+def see_output(model: nn.Module, batch: Mapping[str, Tensor]) -> nn.Module | None:
+    """Find out how a model makes its logits, which later calls know; its plain output layer.
+
+    It is for callers who let the rows of later batches go through different adapters: what is tried
+    here has rows of its own.
+    """
+    return _output_layer(model, _inputs(batch))
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in ("labels", POSITIONS)}
 
 
 def _output_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module | None:

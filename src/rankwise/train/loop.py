@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,33 +139,55 @@ class Loop:
         self.reporter.start("training", self.total, self.progress.step)
         try:
             with StopRequest(self.reporter.note) as stop:
-                while self.progress.step < self.total:
-                    self._one_step()
-                    step = self.progress.step
-                    if step % self.eval_every == 0 or step == self.total:
-                        self._evaluate()
-                    if stop.number is not None:
-                        self._save()
-                        raise Interrupted(stop.number, f"rankwise fit --resume --out {self.folder}")
-                    overdue = time.monotonic() - self._saved_at >= 60 * self.config.save_minutes
-                    if overdue or step == self.total or step % self.steps_per_epoch == 0:
-                        self._save()
+                while not self.done:
+                    self.advance()
+                    self.settle(stop.number)
         finally:
             self.reporter.finish()
         return self.progress
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.progress.step >= self.total
+
+    def settle(self, stop: int | None) -> None:
+        """After a step: measure and save where it is time to, and end if a signal asked for it.
+
+        Raises:
+            Interrupted: ``stop`` is a signal's number; everything is saved.
+        """
+        step = self.progress.step
+        if step % self.eval_every == 0 or step == self.total:
+            self._evaluate()
+        if stop is not None:
+            self._save()
+            raise Interrupted(stop, f"rankwise fit --resume --out {self.folder}")
+        overdue = time.monotonic() - self._saved_at >= 60 * self.config.save_minutes
+        if overdue or step == self.total or step % self.steps_per_epoch == 0:
+            self._save()
 
     def silent_parameters(self) -> list[str]:
         """Names of trained parameters that never had a gradient other than zero."""
         live = set(self.progress.live)
         return [name for name in self.parameters if name not in live]
 
-    def _one_step(self) -> None:
+    def advance(self, loss: float | None = None, seconds: float = 0.0) -> None:
+        """One step over :meth:`passes`, counted, logged and shown.
+
+        Args:
+            loss: the mean loss, where its gradients have been computed; see :meth:`update`.
+            seconds: what that took of this run's time.
+
+        Raises:
+            Diverged: this and too many steps before it were not finite.
+        """
         began = time.perf_counter()
         step = self.progress.step
         rate = learning_rate(step, self.total, self.config.learning_rate, self.config.warmup)
         set_rate(self.optimizer, rate)
-        result = self.update(self._rows_of(step))
-        self._count(result, time.perf_counter() - began)
+        result = self.update(self.passes(), loss)
+        self._count(result, seconds + time.perf_counter() - began)
         done = self.progress.step
         if done % self.log_every == 0 or done == self.total:
             self._log_step(rate, result.grad_norm)
@@ -179,26 +201,34 @@ class Loop:
                 f"{self.config.learning_rate:g}), use --dtype float32, or look for broken rows."
             )
 
-    def update(self, passes: list[list[int]]) -> Step:
-        """One optimiser step over these rows; none where the loss or a gradient is not finite."""
-        train_mode(self.model, self.config.base_drops)
-        result = self._gradients(passes)
+    def update(self, passes: list[list[int]], loss: float | None = None) -> Step:
+        """One optimiser step over these rows; none where the loss or a gradient is not finite.
+
+        With a ``loss`` the parameters hold its gradients already; else they are computed.
+        """
+        if loss is None:
+            train_mode(self.model, self.config.base_drops)
+            loss = self._backward(passes)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters.values(), self.config.max_grad_norm
+        ).item()
+        result = Step(loss, norm, math.isfinite(loss) and math.isfinite(norm))
         if result.finite:
             self._note_live()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _rows_of(self, step: int) -> list[list[int]]:
-        """The passes of this optimiser step; they follow from the seed and the step alone."""
-        epoch, index = divmod(step, self.steps_per_epoch)
+    def passes(self) -> list[list[int]]:
+        """The rows of each pass of the next step; they follow from the seed and the step alone."""
+        epoch, index = divmod(self.progress.step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self.plan.epoch(epoch))
         first = index * self.config.accumulate
         return self._epoch[1][first : first + self.config.accumulate]
 
-    def _gradients(self, passes: list[list[int]]) -> Step:
-        """Gradients of the mean loss over all rows of the step, clipped.
+    def _backward(self, passes: list[list[int]]) -> float:
+        """Leave the gradients of the mean loss over all rows of the step, and return that loss.
 
         When memory runs out the step starts anew with passes of half the size; the mean is over
         the same rows.
@@ -208,20 +238,15 @@ class Loop:
         while True:
             try:
                 with self._ranks():
-                    loss = self._accumulate(passes)
-                break
+                    return self._accumulate(passes)
             except (RuntimeError, MemoryError) as error:
                 if not allocation_failed(error):
                     raise
-                self._halve(error)
+                self.halve(error)
             self.optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             checkpoint.restore_rng(rng, device)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.config.max_grad_norm
-        ).item()
-        return Step(loss, norm, math.isfinite(loss) and math.isfinite(norm))
 
     def _ranks(self) -> contextlib.AbstractContextManager[None]:
         """The ranks of this step: all, or with nested training the first of them."""
@@ -230,19 +255,28 @@ class Loop:
         return self.nested.first(self.nested.rank(self.progress.step))
 
     def _accumulate(self, passes: list[list[int]]) -> float:
-        task, encoded = self.train_rows.task, self.train_rows.encoded
-        weight = max(1, sum(targets_in(encoded, rows, task) for rows in passes))
         total = 0.0
-        for rows in passes:
-            for first in range(0, len(rows), self.progress.micro_batch):
-                part = rows[first : first + self.progress.micro_batch]
-                batch = self.train_rows.batch(part, targets=True)
-                loss = batch_loss(self.model, batch, task) / weight
-                loss.backward()
-                total += loss.item()
+        for part, weight in self.parts(passes):
+            batch = self.train_rows.batch(part, targets=True)
+            loss = batch_loss(self.model, batch, self.train_rows.task) / weight
+            loss.backward()
+            total += loss.item()
         return total
 
-    def _halve(self, error: BaseException) -> None:
+    def parts(self, passes: list[list[int]]) -> Iterator[tuple[list[int], int]]:
+        """The rows of a step, as many at a time as memory holds, and what its losses add up to."""
+        task, encoded = self.train_rows.task, self.train_rows.encoded
+        weight = max(1, sum(targets_in(encoded, rows, task) for rows in passes))
+        for rows in passes:
+            for first in range(0, len(rows), self.progress.micro_batch):
+                yield rows[first : first + self.progress.micro_batch], weight
+
+    def halve(self, error: BaseException) -> None:
+        """Let passes hold half as many rows from now on, as memory ran out.
+
+        Raises:
+            EnvironmentFault: they hold a single one.
+        """
         size = self.progress.micro_batch
         if size == 1:
             raise EnvironmentFault(

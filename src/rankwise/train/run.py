@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ from rankwise.train.model import Base, class_names, load_base, load_config
 from rankwise.train.precision import choose_device
 from rankwise.train.reporter import Reporter, Silent
 from rankwise.train.resume import refuse_changes, refuse_other_device
-from rankwise.train.setup import Data, Prepared, in_order, listed, load_data, prepare
+from rankwise.train.setup import Data, Prepared, encoded_rows, in_order, listed, load_data, prepare
 from rankwise.train.signals import Interrupted
 
-__all__ = ["FitResult", "fit", "seed_everything"]
+__all__ = ["Common", "FitResult", "Run", "begin", "fit", "load_common", "seed_everything"]
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,50 @@ def fit(
         Interrupted: a signal asked to stop; the run can be resumed.
     """
     watcher = reporter or Silent()
-    folder = Path(config.out)
-    begun = _begun(folder, resume)
+    common = load_common(config, resume=resume, reporter=watcher, data=data)
+    with begin(config, common, common.base, watcher, resume=resume) as run:
+        run.loop.run()
+        return run.finish()
+
+
+@dataclass(frozen=True)
+class Common:
+    """What runs on the same rows and base have in common.
+
+    Attributes:
+        data: the examples.
+        metric: the metric that picks the best.
+        base: the loaded base, with nothing attached.
+        train, held: the rows as tokens.
+        device: where it is trained.
+        memory: watches from before the base was loaded.
+    """
+
+    data: Data
+    metric: str
+    base: Base
+    train: Rows
+    held: Rows
+    device: torch.device
+    memory: PeakMemory
+
+
+def load_common(
+    config: FitConfig, *, resume: bool, reporter: Reporter, data: Data | None = None
+) -> Common:
+    """Load what a run begins from, with every generator seeded as the config says.
+
+    Raises:
+        UserError, ArtifactError, EnvironmentFault: each says what is wrong and how to mend it.
+    """
     device = choose_device(config.device)
-    memory = PeakMemory(device, (begun or {}).get("memory"))
-    if begun is not None:
-        refuse_other_device(begun, device)
+    before = _before(Path(config.out), resume, device)
+    memory = PeakMemory(device, (before or {}).get("memory"))
     seed_everything(config.seed)
     named = class_names(load_config(config.model, config.revision))
     examples = in_order(data or load_data(config), named)
     for note in examples.notes:
-        watcher.note(note)
+        reporter.note(note)
     metric = main_metric(examples.train.task, config.metric)
     base = load_base(
         config.model,
@@ -106,21 +140,13 @@ def fit(
             f"The checkpoint's output layer was trained for other classes: {listed(base.foreign)}. "
             f"It is where the layer for {listed(examples.train.label_names)} starts from."
         )
-        watcher.note(note)
+        reporter.note(note)
         examples = replace(examples, notes=(*examples.notes, note))
-    existed = folder.exists()
-    with claim(folder):
-        try:
-            # again, as another run may have been here while this one was reading its data
-            before = _begun(folder, resume)
-            return _fit(config, folder, before, examples, metric, base, device, memory, watcher)
-        except BaseException:
-            if not existed and not (folder / record.NAME).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+    train, held = encoded_rows(config, examples, base, device, reporter)
+    return Common(examples, metric, base, train, held, device, memory)
 
 
-def _begun(folder: Path, resume: bool) -> dict[str, Any] | None:
+def _before(folder: Path, resume: bool, device: torch.device) -> dict[str, Any] | None:
     """The manifest of the run to go on with; None for a new run, whose folder must be unused."""
     if not resume:
         refuse_used(folder)
@@ -128,92 +154,147 @@ def _begun(folder: Path, resume: bool) -> dict[str, Any] | None:
     manifest = record.read_manifest(folder)
     if manifest["status"] == "finished":
         raise UserError(f"The run in '{folder}' is finished; there is nothing to resume.")
+    refuse_other_device(manifest, device)
     return manifest
 
 
-def _fit(
+@contextlib.contextmanager
+def begin(
     config: FitConfig,
-    folder: Path,
-    before: dict[str, Any] | None,
-    data: Data,
-    metric: str,
+    common: Common,
     base: Base,
-    device: torch.device,
-    memory: PeakMemory,
-    watcher: Reporter,
-) -> FitResult:
-    made = prepare(config, data, base, device, before, watcher)
-    model = made.model
-    manifest = _manifest(config, data, base, metric, device, made)
-    if before is not None:
-        refuse_changes(before, manifest)
-    record.write(folder, manifest)
+    reporter: Reporter,
+    *,
+    resume: bool,
+    together: int = 1,
+) -> Generator[Run]:
+    """A run that is ready to take its steps, in a folder that is held for the length of the block.
+
+    An error that leaves the block is written into the manifest; a folder in which nothing was begun
+    is removed again.
+
+    Args:
+        config: the options.
+        common: what was loaded for it.
+        base: the base, whose model is changed in place.
+        reporter: told what happens.
+        resume: go on from the newest valid checkpoint.
+        together: how many runs share this process and their passes through the base.
+    """
+    folder = Path(config.out)
+    existed = folder.exists()
+    with claim(folder):
+        try:
+            # again, as another run may have been here while this one was reading its data
+            before = _before(folder, resume, common.device)
+            packs = together == 1
+            made = prepare(config, base, common.train, before, reporter, packs=packs)
+            manifest = _manifest(config, common, base, made, together)
+            if before is not None:
+                refuse_changes(before, manifest)
+            record.write(folder, manifest)
+            with _told(folder, manifest, common.memory), contextlib.ExitStack() as serving:
+                write_text(folder / "config.yaml", dump_config(config))
+                rows = serving.enter_context(_rows(config, folder, made.model, common, reporter))
+                keep = functools.partial(_keep, made.model, folder, config, manifest)
+                loop = Loop(made.model, *rows, config, common.metric, folder, keep, reporter)
+                if before is not None:
+                    loop.resume()
+                yield Run(config, common, made, manifest, loop, serving)
+        except BaseException:
+            if not existed and not (folder / record.NAME).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _told(folder: Path, manifest: dict[str, Any], memory: PeakMemory) -> Generator[None]:
+    """Let the manifest say how the run ended where an error ends it."""
     try:
-        _train(config, folder, manifest, made, memory, watcher, resume=before is not None)
+        yield
     except BaseException as error:
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         manifest["status"] = "interrupted" if stopped else "failed"
-        manifest |= {"diverged": isinstance(error, Diverged), "memory": memory.record()}
+        manifest |= {"diverged": isinstance(error, Diverged), "memory": _memory(manifest, memory)}
         if not stopped:
             manifest["reason"] = str(error) or type(error).__name__
         with contextlib.suppress(RankwiseError):  # a full disk, say, is what is being reported
             record.write(folder, manifest)
         raise
-    restore_frozen(model)
-    return FitResult(folder, manifest, model, base.tokenizer)
 
 
-def _train(
-    config: FitConfig,
-    folder: Path,
-    manifest: dict[str, Any],
-    made: Prepared,
-    memory: PeakMemory,
-    watcher: Reporter,
-    *,
-    resume: bool,
+def _keep(
+    model: nn.Module, folder: Path, config: FitConfig, manifest: Mapping[str, Any], answers: Answers
 ) -> None:
-    """Train, save what was learned, and write the results into the manifest."""
-    write_text(folder / "config.yaml", dump_config(config))
-    adapter, model = folder / "adapter", made.model
+    """Write the adapter as it is now, and what it answered."""
+    _save(model, folder / "adapter", config)
+    evaluation = manifest["data"]["eval"]["fingerprint"]
+    write_answers(folder / row_answers.NAME, answers, evaluation)
 
-    def keep(answers: Answers) -> None:
-        _save(model, adapter, config)
-        evaluation = manifest["data"]["eval"]["fingerprint"]
-        write_answers(folder / row_answers.NAME, answers, evaluation)
 
-    with _rows(config, folder, made, watcher) as rows:
-        loop = Loop(model, *rows, config, manifest["metric"], folder, keep, watcher)
-        if resume:
-            loop.resume()
-        progress = loop.run()
-    if config.select == "best":
-        _save(model, folder / "last", config)
-    manifest |= {
-        "metrics": dict(progress.best_metrics),
-        "best_step": progress.best_step,
-        "steps": progress.step,
-        "skipped_steps": progress.skipped,
-        "micro_batch": progress.micro_batch,
-        "seconds": {"train": progress.seconds, "eval": progress.eval_seconds},
-        "memory": memory.record(),
-        "artifact_bytes": sum(f.stat().st_size for f in adapter.rglob("*") if f.is_file()),
-    }
-    _refuse_idle(loop, model, made.held)
-    manifest["status"] = "finished"
-    record.write(folder, manifest)
+@dataclass(frozen=True)
+class Run:
+    """A run between its begin and its end.
+
+    Attributes:
+        config: the options.
+        common: what it began from.
+        made: the model with its method.
+        manifest: what its manifest.json says, which :meth:`finish` completes.
+        loop: takes its steps.
+        serving: what is kept of the frozen layers while it does.
+    """
+
+    config: FitConfig
+    common: Common
+    made: Prepared
+    manifest: dict[str, Any]
+    loop: Loop
+    serving: contextlib.ExitStack
+
+    def finish(self) -> FitResult:
+        """After the last step: save what was learned and write the results into the manifest.
+
+        Raises:
+            UserError: something that trained never got a gradient, or has no effect.
+        """
+        self.serving.close()
+        folder, model, progress = self.loop.folder, self.made.model, self.loop.progress
+        if self.config.select == "best":
+            _save(model, folder / "last", self.config)
+        adapter = folder / "adapter"
+        self.manifest.update(
+            metrics=dict(progress.best_metrics),
+            best_step=progress.best_step,
+            steps=progress.step,
+            skipped_steps=progress.skipped,
+            micro_batch=progress.micro_batch,
+            seconds={"train": progress.seconds, "eval": progress.eval_seconds},
+            memory=_memory(self.manifest, self.common.memory),
+            artifact_bytes=sum(f.stat().st_size for f in adapter.rglob("*") if f.is_file()),
+        )
+        _refuse_idle(self.loop, model, self.common.held)
+        self.manifest["status"] = "finished"
+        record.write(folder, self.manifest)
+        restore_frozen(model)
+        return FitResult(folder, self.manifest, model, self.common.base.tokenizer)
+
+
+def _memory(manifest: Mapping[str, Any], memory: PeakMemory) -> dict[str, Any] | None:
+    """The most memory of a run; None where others shared the process with it."""
+    return memory.record() if manifest["together"] == 1 else None
 
 
 @contextlib.contextmanager
 def _rows(
-    config: FitConfig, folder: Path, made: Prepared, watcher: Reporter
+    config: FitConfig, folder: Path, model: nn.Module, common: Common, watcher: Reporter
 ) -> Generator[tuple[Rows, Rows]]:
     """The rows, with what the frozen layers give for them where that is to be kept."""
     if not config.cache:
-        yield made.train, made.held
+        yield common.train, common.held
         return
     limit, size = 1e9 * config.cache, config.eval_batch_size
-    with serving(made.model, made.train, made.held, folder, size, limit, watcher) as rows:
+    with serving(model, common.train, common.held, folder, size, limit, watcher) as rows:
         yield rows
 
 
@@ -225,15 +306,10 @@ def seed_everything(seed: int) -> None:
 
 
 def _manifest(
-    config: FitConfig,
-    data: Data,
-    base: Base,
-    metric: str,
-    device: torch.device,
-    made: Prepared,
+    config: FitConfig, common: Common, base: Base, made: Prepared, together: int
 ) -> dict[str, Any]:
     name, options = record.method_record(config)
-    done = attachment(made.model)
+    done, data = attachment(made.model), common.data
     return {
         "format": 1,
         "name": name,
@@ -244,10 +320,11 @@ def _manifest(
         "task": data.train.task,
         "form": data.train.form,
         "label_names": list(data.train.label_names),
-        "metric": metric,
+        "metric": common.metric,
         "metrics": {},
         "counts": record.counts(made.model),
         "seconds": {"train": 0.0, "eval": 0.0},
+        "together": together,
         "memory": None,
         "artifact_bytes": 0,
         "data": {
@@ -256,7 +333,9 @@ def _manifest(
         },
         "base": {"source": base.source, "fingerprint": base.fingerprint},
         "notes": [*data.notes, *done.notes],
-        **record.surroundings(device, made.choice.name, made.choice.reason, packed=made.packed),
+        **record.surroundings(
+            common.device, made.choice.name, made.choice.reason, packed=made.packed
+        ),
     }
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "Data",
     "Prepared",
     "column_names",
+    "encoded_rows",
     "equip",
     "in_order",
     "listed",
@@ -67,18 +68,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains, and on what.
+    """What a run trains.
 
     Attributes:
         model: with its method attached, on its device in its number format.
-        train, held: encoded rows.
         choice: the number format.
         packed: names of the frozen layers whose weight is packed.
     """
 
     model: nn.Module
-    train: Rows
-    held: Rows
     choice: Choice
     packed: tuple[str, ...]
 
@@ -249,20 +247,13 @@ def _forward(model: nn.Module, batch: Any) -> object:
     return model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
 
 
-def prepare(
-    config: FitConfig,
-    data: Data,
-    base: Base,
-    device: torch.device,
-    before: Mapping[str, Any] | None,
-    watcher: Reporter,
-) -> Prepared:
-    """The model with its method, on its device in its number format, and the encoded rows.
-
-    ``before`` is the manifest of the run that goes on, whose number format is kept.
+def encoded_rows(
+    config: FitConfig, data: Data, base: Base, device: torch.device, watcher: Reporter
+) -> tuple[Rows, Rows]:
+    """The training and the evaluation rows as tokens.
 
     Raises:
-        UserError: the rows, the method or the number format do not fit the model.
+        UserError: the examples do not fit the model.
     """
     length = longest_input(config, base)
     pad = padding_id(base.tokenizer)
@@ -272,18 +263,42 @@ def prepare(
         for note in encoded.notes:
             watcher.note(f"{name}: {note}")
         rows.append(Rows(encoded, examples.task, pad, device))
+    return rows[0], rows[1]
+
+
+def prepare(
+    config: FitConfig,
+    base: Base,
+    rows: Rows,
+    before: Mapping[str, Any] | None,
+    watcher: Reporter,
+    *,
+    packs: bool,
+) -> Prepared:
+    """The model with its method, on its device in its number format.
+
+    Args:
+        base: whose model is changed in place.
+        rows: the training rows, on the device.
+        before: the manifest of the run that goes on, whose number format is kept.
+        watcher: told what is done.
+        packs: whether frozen weights may be packed.
+
+    Raises:
+        UserError: the method or the number format do not fit the model.
+    """
     model: Any = base.model
+    device = rows.device
     if config.init in ("eva", "lora-ga"):
-        seen = min(START_BATCHES * config.batch_size, len(rows[0].encoded))
+        seen = min(START_BATCHES * config.batch_size, len(rows.encoded))
         watcher.note(f"{config.init}: looking at {seen:,} of the training rows.")
         model.to(device)
-    choice = equip(config, base, device, before, watcher, rows[0])
+    choice = equip(config, base, device, before, watcher, rows)
     model.to(device)
     packed: tuple[str, ...] = ()
-    if config.pack == "auto" and config.method != "full":
-        lengths = rows[0].encoded.lengths
-        packed = pack_frozen(model, lengths, config.batch_size, before, watcher)
-    return Prepared(model, rows[0], rows[1], choice, packed)
+    if packs and config.pack == "auto" and config.method != "full":
+        packed = pack_frozen(model, rows.encoded.lengths, config.batch_size, before, watcher)
+    return Prepared(model, choice, packed)
 
 
 def equip(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.lab.compare.pool import Pool, cores
-from rankwise.lab.compare.worker import SPECTRA, Ended, Progress, Task
+from rankwise.lab.compare.worker import SPECTRA, Ended, Over, Progress, Task
 from rankwise.train.config import FitConfig
 
 
@@ -21,19 +21,22 @@ def task(tmp_path: Path, options: Callable[..., FitConfig]) -> Callable[..., Tas
     def make(name: str, *, keep: bool = True, long: bool = False, **more: object) -> Task:
         steps = {"epochs": 10_000, "eval_every": 10**9} if long else {}
         config = options(tmp_path / name, select="last", **steps, **more)
-        return Task(name, config, 1, tmp_path / "logs" / f"{name}.log", keep)
+        return Task({name: config}, 1, tmp_path / "logs" / f"{name}.log", keep)
 
     return make
 
 
-def ends(pool: Pool, seconds: float = 120) -> dict[str, Ended]:
-    """How every task of a pool ends."""
+def ends(pool: Pool, seconds: float = 120, over: list[Over] | None = None) -> dict[str, Ended]:
+    """How every task of a pool ends; runs that are over are added to a list."""
     found: dict[str, Ended] = {}
     until = time.monotonic() + seconds
     while len(pool) and time.monotonic() < until:
         for one, message in pool.messages(0.5):
             if isinstance(message, Ended):
                 found[one.name] = message
+            elif isinstance(message, Over) and over is not None:
+                assert message.name in one.runs
+                over.append(message)
     assert not len(pool)
     return found
 
@@ -45,8 +48,14 @@ def begun(pool: Pool, seconds: float = 120) -> int:
         for one, message in pool.messages(0.5):
             assert isinstance(message, Progress), message
             assert 0 < message.done < message.total
-            return int((Path(one.config.out) / "run.lock").read_text())
+            return int((folder_of(one) / "run.lock").read_text())
     raise AssertionError("nothing was heard")
+
+
+def folder_of(one: Task) -> Path:
+    """The folder of a task's only run."""
+    (config,) = one.runs.values()
+    return Path(config.out)
 
 
 def alive(pid: int) -> bool:
@@ -64,13 +73,17 @@ def test_runs_end_and_leave_what_is_kept(task) -> None:
         pool.start(task("wrong", data="nowhere.tsv"))
         pool.start(task("wild", lr=1e30, max_skipped=2, max_grad_norm=1e30))
         assert len(pool) == 4
-        found = ends(pool)
+        over: list[Over] = []
+        found = ends(pool, over=over)
     how = {name: (end.how, end.exit_code) for name, end in found.items()}
     assert how["kept"] == how["searched"] == ("finished", 0)
     assert how["wrong"] == ("failed", 2)
     assert "nowhere.tsv" in found["wrong"].message
-    assert how["wild"][0] == "diverged"
-    one, two = (Path(task(name).config.out) for name in ("kept", "searched"))
+    assert how["wild"] == ("finished", 0)
+    assert {(o.name, o.diverged) for o in over} == {
+        *(("kept", False), ("searched", False), ("wild", True)),
+    }
+    one, two = (folder_of(task(name)) for name in ("kept", "searched"))
     assert {"adapter", SPECTRA, "answers.safetensors"} <= {p.name for p in one.iterdir()}
     assert {"manifest.json", "answers.safetensors"} <= {p.name for p in two.iterdir()}
     assert not [p for p in (*one.iterdir(), *two.iterdir()) if p.name in ("checkpoints", "last")]
@@ -91,7 +104,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(task) -> None:
         begun(pool)
         pool.stop()
         assert ends(pool)["long"] == Ended("stopped")
-    folder = Path(long.config.out)
+    folder = folder_of(long)
     assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
     assert list((folder / "checkpoints").iterdir())
     with Pool() as pool:

@@ -1,4 +1,4 @@
-"""Processes that train one run each, some at a time, and what they tell."""
+"""Processes that train a run or a few each, some at a time, and what they tell."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
-from rankwise.lab.compare.worker import Ended, Progress, Task, work
+from rankwise.lab.compare.worker import Ended, Over, Progress, Task, work
 
 __all__ = ["Pool", "cores"]
 
@@ -46,8 +46,8 @@ class _Running:
 class Pool:
     """Runs tasks in processes of their own; leaving the block ends those that still run.
 
-    Each run has a process to itself: what memory it held can be told, and what ends one, such as
-    the system when memory runs out, ends no other.
+    Each task has a process to itself: what memory a run held can be told where it is alone there,
+    and what ends one, such as the system when memory runs out, ends no other.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Pool:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(running.process.pid, signal.SIGTERM)
 
-    def messages(self, seconds: float) -> Iterator[tuple[Task, Progress | Ended]]:
+    def messages(self, seconds: float) -> Iterator[tuple[Task, Progress | Over | Ended]]:
         """What the tasks tell, within so many seconds; a task's last message is an ``Ended``."""
         for pipe in wait(list(self._running), timeout=seconds):
             assert isinstance(pipe, Connection)
@@ -115,7 +115,11 @@ class Pool:
         if code == -signal.SIGTERM:
             return Ended("stopped")
         by = f"signal {-code}" if code < 0 else f"exit code {code}"
-        why = ", as when memory runs out; fewer --jobs need less" if code == -signal.SIGKILL else ""
+        why = (
+            ", as when memory runs out; fewer --jobs, or less --together, need less"
+            if code == -signal.SIGKILL
+            else ""
+        )
         return Ended("failed", f"its process was ended by {by}{why}.", 4)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from rankwise.lab.compare.folder import Pinned, begin, find_rows, pin, read_pinn
 from rankwise.lab.compare.grid import Cell
 from rankwise.lab.compare.pool import Pool, cores
 from rankwise.lab.compare.work import work_of
-from rankwise.lab.compare.worker import Ended, Progress, Task
+from rankwise.lab.compare.worker import Ended, Over, Progress, Task
 from rankwise.lab.page import can_make_pages
 from rankwise.train.folder import claim
 from rankwise.train.model import load_config
 from rankwise.train.planning import plan_model
 from rankwise.train.reporter import Reporter, Silent
 from rankwise.train.signals import Interrupted, StopRequest
+from rankwise.train.together import likeness
 
 __all__ = ["report_compare", "run_compare"]
 
@@ -44,6 +46,7 @@ def run_compare(
     compared: Mapping[str, Any] | None = None,
     *,
     jobs: int | None = None,
+    together: int = 1,
     reporter: Reporter | None = None,
 ) -> Evidence:
     """Search each method's learning rate, train every setting under every seed, write the report.
@@ -58,7 +61,10 @@ def run_compare(
         out: folder of the comparison.
         fit: options of ``rankwise fit`` that every run shares; none are needed to go on.
         compared: fields of :class:`rankwise.lab.compare.options.CompareConfig`.
-        jobs: runs at a time; None for as many as there are cores and memory for, and one on a GPU.
+        jobs: processes at a time, with one run each or so many as train ``together``; None for as
+            many as there are cores and memory for, and one on a GPU.
+        together: the most runs that go through the base in one pass, where they have the same rows,
+            batches and seed (:func:`rankwise.train.together.fit_together`).
         reporter: told what happens.
 
     Raises:
@@ -77,7 +83,7 @@ def run_compare(
         state = _State(pinned, watcher)
         if state.left():
             find_rows(pinned)
-            state.train(_jobs(jobs, size, pinned, state.to_go, watcher))
+            state.train(_jobs(jobs, size, pinned, state.to_go, watcher), together)
     return report_compare(out)
 
 
@@ -159,6 +165,24 @@ def _free_memory() -> int | None:
     return None
 
 
+def groups(left: Sequence[Cell], free: int, together: int) -> Iterator[list[Cell]]:
+    """What so many free processes are to do next: the first that is left, with others like it.
+
+    Runs of one :func:`~rankwise.train.together.likeness` are spread over the processes that are
+    free, at most so many ``together``.
+    """
+    waiting = list(left)
+    for process in range(free):
+        if not waiting:
+            return
+        own = likeness(waiting[0].config) if together > 1 else None
+        alike = [c for c in waiting if own is not None and likeness(c.config) == own]
+        alike = alike or waiting[:1]
+        size = min(together, math.ceil(len(alike) / (free - process)))
+        yield alike[:size]
+        waiting = [cell for cell in waiting if cell not in alike[:size]]
+
+
 class _State:
     """The grid as it fills."""
 
@@ -179,15 +203,16 @@ class _State:
         """The runs that can be begun or gone on with now."""
         return [c for c in self.work.left(self.outcomes) if c.name not in self.under_way]
 
-    def train(self, jobs: int) -> None:
+    def train(self, jobs: int, together: int) -> None:
         """Train until nothing is left."""
         # torch's own number holds as a limit, so that OMP_NUM_THREADS does
         threads = min(torch.get_num_threads(), max(1, cores() // jobs))
         work = self.work
         with StopRequest(self.watcher.note) as stop, Pool() as pool:
+            each = f", each with up to {together} runs in one pass" if together > 1 else ""
             self.watcher.note(
                 f"{self.to_go} of {words.count(work.count, 'run')} are left, "
-                f"searches included; {jobs} at a time, {words.count(threads, 'thread')} each."
+                f"searches included; {jobs} at a time{each}, {words.count(threads, 'thread')} each."
             )
             self._show(begin=True)
             try:
@@ -195,51 +220,56 @@ class _State:
                     if stop.number is not None:
                         self._wait(pool)
                         raise Interrupted(stop.number, f"rankwise compare --out {self.grid.folder}")
-                    for cell in self.left()[: jobs - len(pool)]:
-                        pool.start(self._task(cell, threads))
-                        self.under_way[cell.name] = (cell, 0.0)
+                    for cells in groups(self.left(), jobs - len(pool), together):
+                        pool.start(self._task(cells, threads))
+                        self.under_way |= {cell.name: (cell, 0.0) for cell in cells}
                     for task, message in pool.messages(_POLL):
                         self._take(task, message, pool)
             finally:
                 self.watcher.finish()
 
-    def _task(self, cell: Cell, threads: int) -> Task:
-        log = self.grid.folder / "logs" / f"{cell.name.replace('/', '-')}.log"
-        return Task(cell.name, cell.config, threads, log, keep=cell.name.startswith("runs/"))
+    def _task(self, cells: Sequence[Cell], threads: int) -> Task:
+        name = cells[0].name
+        log = self.grid.folder / "logs" / f"{name.replace('/', '-')}.log"
+        runs = {cell.name: cell.config for cell in cells}
+        return Task(runs, threads, log, keep=name.startswith("runs/"))
 
-    def _take(self, task: Task, message: Progress | Ended, pool: Pool) -> None:
+    def _take(self, task: Task, message: Progress | Over | Ended, pool: Pool) -> None:
         """Note what a task tells.
 
         Raises:
             RankwiseError: it failed; the others have saved what they had.
         """
         if isinstance(message, Progress):
-            cell, _ = self.under_way[task.name]
-            self.under_way[task.name] = (cell, message.done / max(message.total, 1))
+            for name in self.under_way.keys() & task.runs.keys():
+                cell, _ = self.under_way[name]
+                self.under_way[name] = (cell, message.done / max(message.total, 1))
             # the time until the first word is that of the libraries, and says nothing of the rest
             self._show(begin=not self.heard)
             self.heard = True
-            return
-        del self.under_way[task.name]
-        if message.how in ("finished", "diverged"):
-            self._finished(task, message)
-        elif message.how == "failed":
-            self.watcher.note(f"{task.name} failed; the other runs save what they have.")
-            self._wait(pool)
-            self._fail(task, message)
+        elif isinstance(message, Over):
+            self._finished(message)
+        else:
+            for name in task.runs:
+                self.under_way.pop(name, None)
+            if message.how == "failed":
+                self.watcher.note(f"{task.name} failed; the other runs save what they have.")
+                self._wait(pool)
+                self._fail(task, message)
 
-    def _finished(self, task: Task, message: Ended) -> None:
-        cell = next(cell for cell in self.work.cells if cell.name == task.name)
-        outcome = outcome_of(self.grid.folder / task.name, cell, self.pinned.metric)
+    def _finished(self, message: Over) -> None:
+        name = message.name
+        cell, _ = self.under_way.pop(name)
+        outcome = outcome_of(self.grid.folder / name, cell, self.pinned.metric)
         if outcome is None:
-            raise ArtifactError(f"'{self.grid.folder / task.name}' lost its record.")
+            raise ArtifactError(f"'{self.grid.folder / name}' lost its record.")
         metric = self.pinned.metric
-        self.outcomes[task.name] = outcome
+        self.outcomes[name] = outcome
         self.work = work_of(self.grid, self.outcomes, metric)
         said = f"{metric} {words.score(metric, outcome.score)}"
-        if message.how == "diverged":
+        if message.diverged:
             said = "diverged: its loss or gradients were no finite numbers any more"
-        self.watcher.note(f"[{len(self.outcomes)}/{self.work.count}] {task.name}: {said}")
+        self.watcher.note(f"[{len(self.outcomes)}/{self.work.count}] {name}: {said}")
         self._show(begin=self.work.expected != self.shown)
 
     def _wait(self, pool: Pool) -> None:
@@ -247,10 +277,11 @@ class _State:
         pool.stop()
         while len(pool):
             for task, message in pool.messages(_POLL):
-                if isinstance(message, Ended):
-                    del self.under_way[task.name]
-                    if message.how in ("finished", "diverged"):
-                        self._finished(task, message)
+                if isinstance(message, Over):
+                    self._finished(message)
+                elif isinstance(message, Ended):
+                    for name in task.runs:
+                        self.under_way.pop(name, None)
 
     def _show(self, *, begin: bool = False) -> None:
         """Tell how far the whole grid is."""
@@ -266,6 +297,6 @@ class _State:
         kinds = {2: UserError, 3: ArtifactError, 4: EnvironmentFault}
         kind = kinds.get(message.exit_code, RankwiseError)
         raise kind(
-            f"The run {task.name} failed: {message.message} Its log is '{task.log}'. What is "
+            f"{task.name} failed: {message.message} Its log is '{task.log}'. What is "
             f"finished is kept; go on with: rankwise compare --out {self.grid.folder}"
         )

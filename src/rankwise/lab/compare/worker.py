@@ -1,4 +1,4 @@
-"""One run of a grid in a process of its own: trained, tidied, and told about through a pipe."""
+"""Runs of a grid in a process of their own: trained, tidied, and told about through a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,10 +23,11 @@ from rankwise.lab.run_files import EVENTS
 from rankwise.train import manifest as record
 from rankwise.train.config import FitConfig
 from rankwise.train.loop import Diverged
-from rankwise.train.run import FitResult, fit
+from rankwise.train.run import FitResult
 from rankwise.train.signals import Interrupted
+from rankwise.train.together import Apart, fit_together
 
-__all__ = ["SPECTRA", "Ended", "Progress", "Task", "thin_log", "work"]
+__all__ = ["SPECTRA", "Ended", "Over", "Progress", "Task", "thin_log", "work"]
 
 SPECTRA = "spectra.json"
 _SECONDS = 0.5  # between two messages about progress
@@ -37,18 +38,21 @@ class Task:
     """What a process is to do.
 
     Attributes:
-        name: of the run.
-        config: its options.
+        runs: the options of its runs by their names; several train together.
         threads: for torch to use.
         log: the file that takes what libraries print.
         keep: whether what was learned is kept; the record is kept in any case.
     """
 
-    name: str
-    config: FitConfig
+    runs: Mapping[str, FitConfig]
     threads: int
     log: Path
     keep: bool
+
+    @property
+    def name(self) -> str:
+        """The names of its runs."""
+        return ", ".join(self.runs)
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Over:
+    """A run of the task is finished, or has diverged."""
+
+    name: str
+    diverged: bool
+
+
+@dataclass(frozen=True)
 class Ended:
-    """How a run ended: "finished", "diverged", "stopped", or "failed" with an error.
+    """How a process ended: "finished", "stopped", or "failed" with an error.
 
     ``exit_code`` is the error's, 1 for a fault in Rankwise.
     """
@@ -72,13 +84,11 @@ class Ended:
 
 
 def work(task: Task, pipe: Connection) -> None:
-    """Carry out a task and say how it ended; the last message is an :class:`Ended`."""
+    """Carry out a task and tell of each run that is over; the last message is an :class:`Ended`."""
     _settle_in(task)
     try:
         _fit(task, pipe)
         ended = Ended("finished")
-    except Diverged as error:
-        ended = Ended("diverged", str(error))
     except (Interrupted, KeyboardInterrupt):
         ended = Ended("stopped")
     except RankwiseError as error:
@@ -108,19 +118,44 @@ def _settle_in(task: Task) -> None:
 
 
 def _fit(task: Task, pipe: Connection) -> None:
-    """Train the run, or go on with it, and keep of it what is asked."""
-    folder = Path(task.config.out)
-    begun = _can_go_on(folder, task.config)
-    if not begun:
-        shutil.rmtree(folder, ignore_errors=True)
-    result = fit(task.config, resume=begun, reporter=_Sender(pipe))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run counts as over; what is kept of it, too
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    thin_log(folder / EVENTS)
-    if not task.keep:
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
-    elif task.config.method == "lora":
-        files.write_json(folder / SPECTRA, _spectra(result))
+    """Train the runs, or go on with them, together where the model allows it."""
+    names = {config.out: name for name, config in task.runs.items()}
+
+    def ended(config: FitConfig, result: FitResult | Diverged) -> None:
+        if len(names) == 1:  # it counts as over; what is kept of it, too
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if isinstance(result, FitResult):
+            _tidy(result, config, task.keep)
+        _send(pipe, Over(names[config.out], isinstance(result, Diverged)))
+
+    configs = list(task.runs.values())
+    try:
+        fit_together(configs, ended, resume=_begun(configs), reporter=_Sender(pipe))
+    except Apart as error:
+        sys.stderr.write(f"One after the other: {error}\n")
+        for config in configs:
+            fit_together([config], ended, resume=_begun([config]), reporter=_Sender(pipe))
+
+
+def _begun(configs: Sequence[FitConfig]) -> list[str]:
+    """The folders of the runs that can be gone on with; the others are emptied."""
+    folders: list[str] = []
+    for config in configs:
+        if _can_go_on(Path(config.out), config):
+            folders.append(config.out)
+        else:
+            shutil.rmtree(config.out, ignore_errors=True)
+    return folders
+
+
+def _tidy(result: FitResult, config: FitConfig, keep: bool) -> None:
+    """Leave of a finished run what is asked."""
+    shutil.rmtree(result.folder / "checkpoints", ignore_errors=True)
+    thin_log(result.folder / EVENTS)
+    if not keep:
+        shutil.rmtree(result.folder / "adapter", ignore_errors=True)
+    elif config.method == "lora":
+        files.write_json(result.folder / SPECTRA, _spectra(result))
 
 
 def _can_go_on(folder: Path, config: FitConfig) -> bool:
@@ -184,13 +219,14 @@ class _Sender:
         del values
         if self._total and time.monotonic() - self._sent >= _SECONDS:
             self._sent = time.monotonic()
-            self._send(Progress(done, self._total))
+            _send(self._pipe, Progress(done, self._total))
 
     def finish(self) -> None:
         pass
 
-    def _send(self, message: Any) -> None:
-        try:
-            self._pipe.send(message)
-        except OSError:  # the parent is gone: save and stop
-            signal.raise_signal(signal.SIGTERM)
+
+def _send(pipe: Connection, message: Any) -> None:
+    try:
+        pipe.send(message)
+    except OSError:  # the parent is gone: save and stop
+        signal.raise_signal(signal.SIGTERM)
