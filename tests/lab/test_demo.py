@@ -20,7 +20,7 @@ from rankwise.lab.records import RunRecord
 from rankwise.train.reporter import Silent
 from rankwise.train.signals import Interrupted
 
-SMALL = Demo(train_rows=64, heldout_rows=48, epochs=1, ranks=(1, 2))
+SMALL = Demo(train_rows=32, heldout_rows=24, epochs=1, ranks=(1, 2))
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_the_whole_demo_and_again(minilm: Path, tmp_path: Path) -> None:
     assert run_demo(folder, SMALL, Silent()) == printed
     assert {n: (folder / n / "metrics.jsonl").stat().st_mtime_ns for n in names} == logs
     with pytest.raises(UserError, match="other data"):
-        run_demo(folder, replace(SMALL, train_rows=65), Silent())
+        run_demo(folder, replace(SMALL, train_rows=33), Silent())
 
 
 def test_a_demo_that_is_stopped_says_how_it_goes_on(minilm: Path, tmp_path: Path) -> None:

@@ -175,17 +175,36 @@ def test_the_last_adapter_may_be_merged(options: Callable[..., FitConfig], tmp_p
 # -- further files --------------------------------------------------------------------------------
 
 
+def shallow(folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> str:
+    """A copy of a model folder with the first layer alone: to follow each takes seconds."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    loader = AutoModel if folder.name == "bert" else AutoModelForCausalLM
+    loader.from_pretrained(folder, num_hidden_layers=1, dtype=dtype).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    return str(out)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["single", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_what_is_exported_computes_what_the_folder_computes(
-    finished: Finished, tmp_path: Path, witness: Any, kind: str
+    bert: Path,
+    llama: Path,
+    rows: Path,
+    options: Callable[..., FitConfig],
+    tmp_path: Path,
+    witness: Any,
+    kind: str,
 ) -> None:
     """Text by the folder's own tokenizer, run by onnxruntime, torch.export and transformers."""
     import onnxruntime
     from transformers import AutoTokenizer
 
+    model, form = {"bert": (bert, ".tsv"), "llama": (llama, "-chats.jsonl")}[kind]
+    more = {"data": str(rows / f"train{form}"), "eval": str(rows / f"dev{form}"), "lr": 0.01}
+    run = fit(options(tmp_path / "run", model=shallow(model, tmp_path / "base"), **more)).folder
     out = tmp_path / "merged"
-    merge_run(finished(kind), out, exports=[Onnx(), TorchExport()], reporter=witness)
+    merge_run(run, out, exports=[Onnx(), TorchExport()], reporter=witness)
     tokenizer = AutoTokenizer.from_pretrained(out)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
@@ -218,10 +237,10 @@ def test_what_is_exported_computes_what_the_folder_computes(
 
 @pytest.mark.slow
 def test_an_export_that_fails_leaves_no_merged_folder(
-    half: Callable[[Path], Path], bert: Path, options: Callable[..., FitConfig], tmp_path: Path
+    bert: Path, options: Callable[..., FitConfig], tmp_path: Path
 ) -> None:
-    more = {"method": "head", "max_steps": 1}
-    run = fit(options(tmp_path / "run", model=str(half(bert)), **more)).folder
+    half = shallow(bert, tmp_path / "half", torch.bfloat16)
+    run = fit(options(tmp_path / "run", model=half, method="head", max_steps=1)).folder
     error = refused(run, tmp_path / "merged", exports=[Onnx()])
     assert error.exit_code == 3
     assert "--dtype float32" in str(error)

@@ -265,19 +265,23 @@ def test_a_weight_costs_both_its_copies_and_its_change(
     assert 2 + 2 + 4 <= most / model.lm_head.weight.numel() < 9
 
 
+# Linux says the process's own peak in /proc; that of getrusage is at least what the process that
+# started it held.
 PEAK = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from rankwise.train.extracting import extract
-small, base, tuned, out = sys.argv[1:]
 peaks = []
-for first, second in ((small, small + "-tuned"), (base, tuned)):
-    extract(first, second, out, r=2)
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+for name in ("small", "large"):
+    extract(f"{sys.argv[1]}/{name}", f"{sys.argv[1]}/{name}-tuned", f"{sys.argv[1]}/out", r=2)
+    told = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())
+    peaks.append(1024 * int(told[1]))
 print(peaks[1] - peaks[0])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_memory_follows_the_largest_weight_and_not_the_model(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -298,11 +302,9 @@ def test_memory_follows_the_largest_weight_and_not_the_model(tmp_path: Path) -> 
         return sum(p.numel() for p in model.parameters()) * 4
 
     make("small", 1)
-    size = make("large", 40)
-    assert size > 60e6
-    places = [str(tmp_path / name) for name in ("small", "large", "large-tuned", "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, *places], capture_output=True, text=True, check=False
-    )
+    size = make("large", 20)
+    assert size > 30e6
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < size / 4

@@ -9,7 +9,7 @@ from rankwise.train.predict import examples_of_file, predict
 from rankwise.train.restore import restore
 from rankwise.train.run import fit
 
-DEV_ROWS = 400
+DEV_ROWS = 256
 
 
 @pytest.mark.slow
@@ -34,9 +34,10 @@ def test_lora_beats_the_head_alone_on_real_text(shared: Path, minilm: Path, tmp_
             "method": method,
             "r": 8,
             "target_modules": "query,value",
-            "limit": 400,
+            "limit": 300,
             "epochs": 2,
             "batch_size": 8,
+            "max_length": 32,
             **({} if method == "head" else {"head_lr": 0.005}),  # the rate of head-only's
             "eval_every": 10_000,  # at the end alone
         }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.default_styles  # noqa: F401  its first import draws from Python's generator
 import torch
 
 from rankwise.cli.app import main

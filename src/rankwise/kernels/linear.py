@@ -15,6 +15,7 @@ from rankwise.kernels.dropout import draw, dropped, gain, new_seed
 from rankwise.kernels.eager import is_eager, is_lowered
 from rankwise.kernels.recompute import Origin, Recipe, origin_of
 from rankwise.kernels.rows import BatchRows
+from rankwise.kernels.thin import add_spread, gathered, narrow, spread
 
 __all__ = ["Branch", "Frozen", "adapted_linear", "can_fuse"]
 
@@ -76,7 +77,7 @@ class Branch(NamedTuple):
         return t if self.rows is None else self.rows.pick(t)
 
     def gained(self, thin: Tensor) -> Tensor:
-        """P or Z (r, N) with the gain of dropout, which is cheaper there than on x or dx."""
+        """P or Z, thin, with the gain of dropout, which is cheaper there than on x or dx."""
         return thin * gain(self.dropout) if self.dropout > 0.0 else thin
 
     def add(self, t: Tensor, change: Tensor) -> None:
@@ -86,12 +87,12 @@ class Branch(NamedTuple):
         else:
             self.rows.add_(t, change)
 
-    def add_product(self, t: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-        """Add scale · left right to the rows of t (N, ...) that this acts on, in place."""
+    def add_spread(self, t: Tensor, thin: Tensor, M: Tensor, scale: float = 1.0) -> None:
+        """Add scale · thinᵀ M to the rows of t (N, ...) that this acts on, in place."""
         if self.rows is None or self.rows.run is not None:
-            self.taken(t).addmm_(left, right, alpha=scale)
+            add_spread(self.taken(t), thin, M, scale)
         else:
-            self.rows.add_(t, scale * (left @ right))
+            self.rows.add_(t, scale * spread(thin, M))
 
 
 def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Tensor:
@@ -109,8 +110,9 @@ def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Ten
     A branch for some rows takes those of x, dy and y for all; the frozen layer is computed once for
     the whole batch. x (N, ...) has k rows for each of the batch, N = k · ``rows.of``.
 
-    P and Z are held as (r, N): a CPU's matrix libraries are several times slower on products whose
-    result is (N, r) or (out, r) than on the same products turned (docs/speed.md).
+    P and Z are held as (r, N), or in pieces of that (:mod:`.thin`): a CPU's matrix libraries are
+    several times slower on products whose result is (N, r) or (out, r) than on the same products
+    turned (docs/speed.md).
 
     Derivatives of derivatives go through the same formulas.
     """
@@ -172,7 +174,7 @@ def _scales(
 
 
 class _Kept(NamedTuple):
-    """Of a branch: Pᵀ (r, N), and the inputs that dropout spared, or the seed that tells them."""
+    """Of a branch: P, thin, and the inputs that dropout spared, or the seed that tells them."""
 
     down: Tensor
     mask: Tensor | None
@@ -190,8 +192,8 @@ def _sum(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> tuple[Tensor,
             seed = new_seed(x.device)
             mask = draw(inputs.shape, x.device, branch.dropout, seed)
             inputs = dropped(inputs, mask)
-        down = branch.gained(branch.A.to(x.dtype) @ inputs.T)
-        branch.add_product(branch.part(sums), down.T, branch.B.to(x.dtype).T, branch.scale)
+        down = branch.gained(narrow(branch.A.to(x.dtype), inputs))
+        branch.add_spread(branch.part(sums), down, branch.B.to(x.dtype).T, branch.scale)
         made.append(_Kept(down, mask if seed is None else None, seed))
     return y, made
 
@@ -255,12 +257,12 @@ class _AdaptedLinear(torch.autograd.Function):
             mask = _mask(branch, mask, ctx.seeds[i], part)
             up = None
             if need_x or train_A[i]:
-                up = branch.gained(branch.scale * (B.to(dy.dtype).T @ part.T))
+                up = branch.gained(branch.scale * narrow(B.to(dy.dtype).T, part))
             if up is not None and dx is not None:
                 if mask is None:
-                    branch.add_product(dx, up.T, A.to(dy.dtype))
+                    branch.add_spread(dx, up, A.to(dy.dtype))
                 else:
-                    branch.add(dx, dropped(up.T @ A.to(dy.dtype), mask))
+                    branch.add(dx, dropped(spread(up, A.to(dy.dtype)), mask))
             dA = dB = None
             twice = torch.is_grad_enabled() and train_B[i]  # P is then a function of x and A again
             inputs = None
@@ -270,13 +272,13 @@ class _AdaptedLinear(torch.autograd.Function):
             if train_A[i]:
                 assert inputs is not None
                 assert up is not None
-                dA = (up @ inputs).to(A.dtype)
+                dA = gathered(up, inputs).to(A.dtype)
             if twice:
                 if inputs is None:
                     raise RankwiseError(_NO_INPUT)
-                down = branch.gained(A.to(inputs.dtype) @ inputs.T)
+                down = branch.gained(narrow(A.to(inputs.dtype), inputs))
             if train_B[i]:
-                dB = (branch.scale * (down @ part)).T.to(B.dtype)
+                dB = (branch.scale * gathered(down, part)).T.to(B.dtype)
             found += [dA, dB]
         if dx is not None:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])

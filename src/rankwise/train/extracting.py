@@ -20,6 +20,7 @@ from rankwise.io.tensors import all_finite
 from rankwise.lowrank import Factors
 from rankwise.spectrum import chance_held, frobenius, nearest, rounding_norm
 from rankwise.train.blank import blank_model
+from rankwise.train.memory import give_back
 from rankwise.train.reporter import Reporter, Silent
 from rankwise.train.snapshot import local_folder
 from rankwise.train.sorting import Pair, Sorted, changed, sort_tensors
@@ -136,6 +137,7 @@ def extract(
     for done, pair in enumerate(found.low_rank, 1):
         name = pair.name.removesuffix(".weight")
         factors[name], layers[name] = _update(pair, before, after, r, energy, generator)
+        give_back()  # the holes that a weight leaves would add up
         watcher.advance(done, {"held": layers[name].held})
     watcher.finish()
     biases = {} if only_lora else _biases(found, factors, before, after)

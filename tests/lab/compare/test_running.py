@@ -137,32 +137,42 @@ def test_a_run_of_other_options_in_its_place_is_refused(compared, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_every_run_and_the_same_command_goes_on(given, tmp_path, number, witness):
-    fit = given(epochs=400, eval_every=10**9)
-    out, runs = tmp_path / "out", ("head-lr0.005-seed0", "lora-r1-lr0.001-seed0")
+def test_a_signal_stops_every_run_and_the_same_command_goes_on(given, tmp_path, witness):
+    """Ctrl+C, then SIGTERM to what went on, and then the end."""
+    fit = given(epochs=100, eval_every=10**9)
+    out, runs = tmp_path / "out", [f"lora-r{r}-lr0.001-seed0" for r in (1, 2)]
     folders = [out / "runs" / name for name in runs]
     pids: list[int] = []
 
-    def when_both_train() -> None:
-        while not all((folder / "metrics.jsonl").exists() for folder in folders):
+    def when_both_train(number: int, before: list[int]) -> None:
+        while not all(now > then for now, then in zip(logged(folders), before, strict=True)):
             time.sleep(0.02)
         pids.extend(int((folder / "run.lock").read_text()) for folder in folders)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=when_both_train, daemon=True).start()
-    options = {"methods": "lora,head", "ranks": "1", "seeds": 1, "rates": 1}
-    with pytest.raises(Interrupted) as caught:
-        run_compare(out, fit, options, jobs=2, reporter=witness)
-    assert caught.value.number == number
-    assert caught.value.resume == f"rankwise compare --out {out}"
-    assert "Stopping after this step; again to stop at once." in witness.notes
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    states = {json.loads((folder / "manifest.json").read_text())["status"] for folder in folders}
-    assert "interrupted" in states
+    options = {"methods": "lora", "ranks": "1,2", "seeds": 1, "rates": 1}
+    for number, given_options in ((signal.SIGINT, (fit, options)), (signal.SIGTERM, ({}, {}))):
+        witness.notes.clear()
+        told = (number, logged(folders))
+        threading.Thread(target=when_both_train, args=told, daemon=True).start()
+        with pytest.raises(Interrupted) as caught:
+            run_compare(out, *given_options, jobs=2, reporter=witness)
+        assert caught.value.number == number
+        assert caught.value.resume == f"rankwise compare --out {out}"
+        assert "Stopping after this step; again to stop at once." in witness.notes
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        states = {json.loads((f / "manifest.json").read_text())["status"] for f in folders}
+        assert "interrupted" in states
+    assert len(pids) == 4
     found = run_compare(out, {}, {}, jobs=2)
     assert {run.folder.name for run in found.runs} == {*runs}
-    assert {run.training[-1].step for run in found.runs} == {400 * 6}
+    assert {run.training[-1].step for run in found.runs} == {100 * 6}
     assert any("Going on from step" in log.read_text() for log in (out / "logs").iterdir())
+
+
+def logged(folders: list[Path]) -> list[int]:
+    """How long the logs of these runs are."""
+    logs = [folder / "metrics.jsonl" for folder in folders]
+    return [log.stat().st_size if log.exists() else 0 for log in logs]
