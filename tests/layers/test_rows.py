@@ -81,6 +81,8 @@ def test_what_versions_of_a_module_cannot_be():
         ByRows([Pairs(), Pairs()])(torch.ones(2, 3))
     with pytest.raises(UserError, match="Identity takes no tensor"):
         ByRows([nn.Identity(), nn.Identity()])("no tensor")
+    with pytest.raises(UserError, match=r"one cache\. Call the model with use_cache=False"):
+        ByRows([nn.Identity(), nn.Identity()])(torch.ones(2, 3), past_key_values=object())
     with pytest.raises(UserError, match="Identity was given an input of shape"):
         ByRows([nn.Identity(), nn.Identity()])(torch.ones(3, 3))
 

@@ -340,7 +340,6 @@ def test_another_kind_of_device_is_refused(stopped: Any, tmp_path: Path, look: A
     """Before anything is read: it would be neither the same arithmetic nor the same numbers."""
     config = stopped()
     told = look.manifest(tmp_path / "run")
-    assert told["hardware"]["device_type"] == "cpu"
     told["hardware"]["device_type"] = "cuda"
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(told))
     (tmp_path / "train.tsv").unlink()

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from rankwise.errors import UserError
+from rankwise.merging.effect import EffectError
 from rankwise.train.config import FitConfig
 from rankwise.train.loop import Diverged
 from rankwise.train.run import FitResult, fit
@@ -241,3 +242,84 @@ def test_a_head_with_dropout_keeps_its_runs_apart(
     pair = [options(tmp_path / f"{r}", model=str(roberta), r=r) for r in (1, 2)]
     with pytest.raises(Apart, match=r"'classifier.*dropout' trains and has dropout"):
         fit_together(pair, nothing)
+
+
+@pytest.mark.parametrize("more", [{}, {"init": "pissa"}], ids=["kaiming", "pissa"])
+def test_every_run_starts_where_it_starts_alone(
+    options: Options, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """At a rate of nothing what is saved is the start, though fit calls that an error."""
+    still = {"lr": 1e-30, "max_steps": 1, "dtype": "bfloat16", **more}
+    together = [options(tmp_path / f"{i}", r=i + 1, **still) for i in range(3)]
+    with pytest.raises(EffectError):
+        fit_together(together, nothing)
+    for i in range(3):
+        with pytest.raises(EffectError):
+            fit(options(tmp_path / f"alone{i}", r=i + 1, **still))
+        one, other = learned(tmp_path / f"{i}"), learned(tmp_path / f"alone{i}")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_block_that_trains_whole_shares_no_cache(
+    options: Options, llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    files = {n: str(rows / f"{f}-prompts.jsonl") for n, f in (("data", "train"), ("eval", "dev"))}
+    more = {"model": str(llama), **files, "max_steps": 2, "modules_to_save": ["model.layers.1"]}
+    more["layers"] = [0]
+    pair = [options(tmp_path / f"{r}", r=r, **more) for r in (1, 2)]
+    fit_together(pair, nothing)
+    alone = options(tmp_path / "alone", r=2, **more)
+    fit(alone)
+    same(pair[1], alone)
+
+
+def test_an_output_layer_that_trains_keeps_language_models_apart(
+    options: Options, gpt2: Path, rows: Path, tmp_path: Path
+) -> None:
+    files = {n: str(rows / f"{f}-prompts.jsonl") for n, f in (("data", "train"), ("eval", "dev"))}
+    more = {"model": str(gpt2), **files, "head": "train"}
+    with pytest.raises(Apart, match="'lm_head' trains, and the output layer"):
+        fit_together([options(tmp_path / f"{r}", r=r, **more) for r in (1, 2)], nothing)
+    assert not list(tmp_path.iterdir())  # so that each can be begun alone
+
+
+def test_a_run_that_had_taken_its_last_step_takes_no_other(
+    options: Options, tmp_path: Path
+) -> None:
+    pair = [options(tmp_path / f"run{r}", r=r, save_minutes=0) for r in (1, 2)]
+    with pytest.raises(Interrupted):
+        fit_together(pair, nothing, reporter=Stopping(5, signal.SIGTERM))
+    ended: list[str] = []
+    fit_together(pair, lambda config, _: ended.append(config.out), resume=[c.out for c in pair])
+    assert ended == [config.out for config in pair]
+    for config in pair:
+        told = json.loads((Path(config.out) / "manifest.json").read_text())
+        assert (told["status"], told["steps"]) == ("finished", 6)
+
+
+class Spoiling(Stopping):
+    """Puts a file where a run is to save its adapter, when the run before it has saved its own."""
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if text.startswith("run0: epoch"):
+            (self.folder / "adapter").write_text("in the way")
+
+
+def test_one_that_fails_is_told_of_and_the_others_can_go_on(
+    options: Options, rows: Path, tmp_path: Path
+) -> None:
+    together = grid(options, tmp_path / "together", rows, epochs=2)
+    spoiling = Spoiling(0, 0)
+    spoiling.folder = Path(together[1].out)
+    with pytest.raises(Exception, match=r"run1.*adapter"):
+        fit_together(together, nothing, reporter=spoiling)
+    told = [json.loads((Path(c.out) / "manifest.json").read_text()) for c in together]
+    assert [m["status"] for m in told] == ["interrupted", "failed", "interrupted"]
+    assert "adapter" in told[1]["reason"]
+    alone = grid(options, tmp_path / "apart", rows, epochs=2)
+    for i in (0, 2):  # one by one this time
+        fit(together[i], resume=True)
+        fit(alone[i])
+        same(together[i], alone[i])

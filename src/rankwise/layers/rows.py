@@ -81,6 +81,9 @@ class Routing(Groups[tuple[str, ...]]):
         }
 
 
+_CACHES = ("past_key_values", "past_key_value")  # as transformers names them
+
+
 class ByRows(nn.Module):
     """Several versions of a module as one, each run on its rows: y_i = m_i(x_i).
 
@@ -96,8 +99,14 @@ class ByRows(nn.Module):
         self.versions = nn.ModuleList(self.groups.rows)
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        tensors = [v for v in (*inputs, *named.values()) if isinstance(v, Tensor)]
         kind = type(self.versions[0]).__name__
+        if any(named.get(name) is not None for name in _CACHES):
+            raise UserError(
+                f"{kind} is trained whole by several adapters, and would keep the keys and values "
+                "of all their rows in one cache. Call the model with use_cache=False, or run the "
+                "adapters one after the other (rankwise.using)."
+            )
+        tensors = [v for v in (*inputs, *named.values()) if isinstance(v, Tensor)]
         if not tensors:
             raise UserError(f"{kind} takes no tensor, and differs from row to row.")
         first = tensors[0]

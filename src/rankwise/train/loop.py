@@ -161,11 +161,11 @@ class Loop:
         if step % self.eval_every == 0 or step == self.total:
             self._evaluate()
         if stop is not None:
-            self._save()
+            self.save()
             raise Interrupted(stop, f"rankwise fit --resume --out {self.folder}")
         overdue = time.monotonic() - self._saved_at >= 60 * self.config.save_minutes
         if overdue or step == self.total or step % self.steps_per_epoch == 0:
-            self._save()
+            self.save()
 
     def silent_parameters(self) -> list[str]:
         """Names of trained parameters that never had a gradient other than zero."""
@@ -360,7 +360,8 @@ class Loop:
         length = append_text(self.folder / "metrics.jsonl", line)
         self.progress = replace(self.progress, log_bytes=length)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is now."""
         checkpoint.save(
             self.folder / "checkpoints",
             self.progress,

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import random
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,16 @@ from rankwise.train.resume import refuse_changes, refuse_other_device
 from rankwise.train.setup import Data, Prepared, encoded_rows, in_order, listed, load_data, prepare
 from rankwise.train.signals import Interrupted
 
-__all__ = ["Common", "FitResult", "Run", "begin", "fit", "load_common", "seed_everything"]
+__all__ = [
+    "Common",
+    "FitResult",
+    "Run",
+    "begin",
+    "earlier",
+    "fit",
+    "load_common",
+    "seed_everything",
+]
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,11 @@ def fit(
     """
     watcher = reporter or Silent()
     common = load_common(config, resume=resume, reporter=watcher, data=data)
-    with begin(config, common, common.base, watcher, resume=resume) as run:
+
+    def make(before: Mapping[str, Any] | None) -> Prepared:
+        return prepare(config, common.base, common.train, before, watcher)
+
+    with begin(config, common, make, watcher, resume=resume) as run:
         run.loop.run()
         return run.finish()
 
@@ -121,7 +134,7 @@ def load_common(
         UserError, ArtifactError, EnvironmentFault: each says what is wrong and how to mend it.
     """
     device = choose_device(config.device)
-    before = _before(Path(config.out), resume, device)
+    before = earlier(Path(config.out), resume, device)
     memory = PeakMemory(device, (before or {}).get("memory"))
     seed_everything(config.seed)
     named = class_names(load_config(config.model, config.revision))
@@ -146,8 +159,12 @@ def load_common(
     return Common(examples, metric, base, train, held, device, memory)
 
 
-def _before(folder: Path, resume: bool, device: torch.device) -> dict[str, Any] | None:
-    """The manifest of the run to go on with; None for a new run, whose folder must be unused."""
+def earlier(folder: Path, resume: bool, device: torch.device) -> dict[str, Any] | None:
+    """The manifest of the run to go on with; None for a new run, whose folder must be unused.
+
+    Raises:
+        UserError: the folder is in use, or its run is finished, or was begun on another device.
+    """
     if not resume:
         refuse_used(folder)
         return None
@@ -162,7 +179,7 @@ def _before(folder: Path, resume: bool, device: torch.device) -> dict[str, Any] 
 def begin(
     config: FitConfig,
     common: Common,
-    base: Base,
+    make: Callable[[Mapping[str, Any] | None], Prepared],
     reporter: Reporter,
     *,
     resume: bool,
@@ -176,7 +193,7 @@ def begin(
     Args:
         config: the options.
         common: what was loaded for it.
-        base: the base, whose model is changed in place.
+        make: gives the model, for the manifest of the run that goes on.
         reporter: told what happens.
         resume: go on from the newest valid checkpoint.
         together: how many runs share this process and their passes through the base.
@@ -186,10 +203,9 @@ def begin(
     with claim(folder):
         try:
             # again, as another run may have been here while this one was reading its data
-            before = _before(folder, resume, common.device)
-            packs = together == 1
-            made = prepare(config, base, common.train, before, reporter, packs=packs)
-            manifest = _manifest(config, common, base, made, together)
+            before = earlier(folder, resume, common.device)
+            made = make(before)
+            manifest = _manifest(config, common, made, together)
             if before is not None:
                 refuse_changes(before, manifest)
             record.write(folder, manifest)
@@ -305,9 +321,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _manifest(
-    config: FitConfig, common: Common, base: Base, made: Prepared, together: int
-) -> dict[str, Any]:
+def _manifest(config: FitConfig, common: Common, made: Prepared, together: int) -> dict[str, Any]:
     name, options = record.method_record(config)
     done, data = attachment(made.model), common.data
     return {
@@ -331,7 +345,7 @@ def _manifest(
             "train": record.describe_data(data.train),
             "eval": record.describe_data(data.held),
         },
-        "base": {"source": base.source, "fingerprint": base.fingerprint},
+        "base": {"source": common.base.source, "fingerprint": common.base.fingerprint},
         "notes": [*data.notes, *done.notes],
         **record.surroundings(
             common.device, made.choice.name, made.choice.reason, packed=made.packed

@@ -42,6 +42,7 @@ from rankwise.train.reporter import Reporter
 __all__ = [
     "Data",
     "Prepared",
+    "adapt",
     "column_names",
     "encoded_rows",
     "equip",
@@ -50,6 +51,7 @@ __all__ = [
     "load_data",
     "longest_input",
     "make_method",
+    "number_format",
     "prepare",
 ]
 
@@ -272,8 +274,6 @@ def prepare(
     rows: Rows,
     before: Mapping[str, Any] | None,
     watcher: Reporter,
-    *,
-    packs: bool,
 ) -> Prepared:
     """The model with its method, on its device in its number format.
 
@@ -282,7 +282,6 @@ def prepare(
         rows: the training rows, on the device.
         before: the manifest of the run that goes on, whose number format is kept.
         watcher: told what is done.
-        packs: whether frozen weights may be packed.
 
     Raises:
         UserError: the method or the number format do not fit the model.
@@ -296,7 +295,7 @@ def prepare(
     choice = equip(config, base, device, before, watcher, rows)
     model.to(device)
     packed: tuple[str, ...] = ()
-    if packs and config.pack == "auto" and config.method != "full":
+    if config.pack == "auto" and config.method != "full":
         packed = pack_frozen(model, rows.encoded.lengths, config.batch_size, before, watcher)
     return Prepared(model, choice, packed)
 
@@ -318,28 +317,47 @@ def equip(
         UserError: the method or the number format does not fit the model.
     """
     model = base.model
-    done = attach(model, make_method(config, base, rows))
-    for note in done.notes:
-        watcher.note(note)
+    adapt(config, base, watcher, rows)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
-    frozen = config.method != "full"
-    if before is not None:
-        hardware = before["hardware"]
-        choice = Choice(getattr(torch, hardware["dtype"]), hardware["dtype_reason"])
-    else:
-        width = int(getattr(base.model.config, "hidden_size", 512))
-        choice = choose_dtype(config.dtype, device, width, frozen)
+    choice = number_format(config, model, device, before)
     if choice.dtype != torch.float32:
-        if not frozen:
-            raise UserError(
-                "--dtype bfloat16 is for a frozen base; full fine-tuning trains the base itself "
-                "and keeps it in float32. Use --dtype float32 or auto."
-            )
         cast_frozen(model, choice.dtype)
     if config.recompute:  # in the format that it trains in, which decides what is kept
         recompute_frozen(model, watcher)
     watcher.note(f"Base in {choice.name} on {device.type} ({choice.reason}).")
+    return choice
+
+
+def adapt(config: FitConfig, base: Base, watcher: Reporter, rows: Rows | None = None) -> None:
+    """Attach the method to the base's model, and tell what there is to know of it.
+
+    Raises:
+        UserError: the method does not fit the model.
+    """
+    for note in attach(base.model, make_method(config, base, rows)).notes:
+        watcher.note(note)
+
+
+def number_format(
+    config: FitConfig, model: nn.Module, device: torch.device, before: Mapping[str, Any] | None
+) -> Choice:
+    """The number format of the base: that of the run that goes on, or the one that is chosen.
+
+    Raises:
+        UserError: the base itself trains, and is asked to be in another than float32.
+    """
+    if before is not None:
+        hardware = before["hardware"]
+        return Choice(getattr(torch, hardware["dtype"]), hardware["dtype_reason"])
+    frozen = config.method != "full"
+    width = int(getattr(model.config, "hidden_size", 512))
+    choice = choose_dtype(config.dtype, device, width, frozen)
+    if choice.dtype != torch.float32 and not frozen:
+        raise UserError(
+            "--dtype bfloat16 is for a frozen base; full fine-tuning trains the base itself "
+            "and keeps it in float32. Use --dtype float32 or auto."
+        )
     return choice
 
 

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import json
 import math
+import signal
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
 
-from rankwise.attaching import Lent, attach, attachments, using_rows
-from rankwise.errors import UserError
-from rankwise.layers import Update
+from rankwise.errors import RankwiseError, UserError
 from rankwise.train import checkpoint
+from rankwise.train.bank import Apart, Bank, tree
 from rankwise.train.config import FitConfig
-from rankwise.train.evaluate import Rows, part_losses
-from rankwise.train.frozen import pack_frozen, recompute_frozen, train_mode
-from rankwise.train.language import POSITIONS, see_output
 from rankwise.train.loop import Diverged, Loop
-from rankwise.train.precision import allocation_failed
+from rankwise.train.precision import cast_frozen
 from rankwise.train.reporter import Reporter, Silent
-from rankwise.train.run import Common, FitResult, Run, begin, fit, load_common
-from rankwise.train.setup import Data
+from rankwise.train.run import Common, FitResult, Run, begin, earlier, fit, load_common
+from rankwise.train.setup import Data, Prepared, adapt, number_format
 from rankwise.train.signals import Interrupted, StopRequest
 
 __all__ = ["Apart", "Ended", "fit_together", "likeness"]
-
-
-class Apart(UserError):
-    """Runs cannot share the passes of their base; each can be trained by itself."""
-
 
 Ended = Callable[[FitConfig, FitResult | Diverged], None]
 
@@ -105,33 +95,74 @@ def fit_together(
     likenesses = {likeness(config) for config in configs}
     if len(configs) > 1 and (len(likenesses) > 1 or None in likenesses):
         raise UserError("Runs train together where all but their ranks and rates is the same.")
+    going_on = configs[0].out in resume
     if len(configs) == 1:
         try:
-            made = fit(configs[0], resume=configs[0].out in resume, reporter=watcher, data=data)
+            made = fit(configs[0], resume=going_on, reporter=watcher, data=data)
         except Diverged as error:
             made = error
         ended(configs[0], made)
         return
-    going_on = configs[0].out in resume
     common = load_common(configs[0], resume=going_on, reporter=watcher, data=data)
+    named = {f"run{number}": config for number, config in enumerate(configs)}
+    bank, made = _models(common, named, resume, watcher)
     with contextlib.ExitStack() as stack:
-        opened: dict[str, contextlib.ExitStack] = {}
+        opened = {name: stack.enter_context(contextlib.ExitStack()) for name in named}
         runs: dict[str, Run] = {}
-        generators = checkpoint.capture_rng(common.device)
-        for number, config in enumerate(configs):
-            own = stack.enter_context(contextlib.ExitStack())
-            base = replace(common.base, model=_tree(common.base.model))
-            checkpoint.restore_rng(generators, common.device)
+        for name, config in named.items():
             context = begin(
                 config,
                 common,
-                base,
+                functools.partial(_ready, made[name]),
                 _Named(config, watcher),
                 resume=config.out in resume,
                 together=len(configs),
             )
-            opened[f"run{number}"], runs[f"run{number}"] = own, own.enter_context(context)
-        _train(common, runs, opened, ended, watcher)
+            runs[name] = opened[name].enter_context(context)
+        _Course(runs, opened, ended).run(bank, watcher)
+
+
+def _models(
+    common: Common, configs: Mapping[str, FitConfig], resume: Collection[str], watcher: Reporter
+) -> tuple[Bank, dict[str, Prepared]]:
+    """The bank, and the model of each run: as it is alone at its start, on tensors they share.
+
+    All are attached to the base as it was loaded before any of them casts or moves its tensors.
+    """
+    device, base = common.device, common.base
+    before = [earlier(Path(c.out), c.out in resume, device) for c in configs.values()]
+    begun = [manifest for manifest in before if manifest is not None]
+    if len({manifest["hardware"]["dtype"] for manifest in begun}) > 1:
+        raise Apart("They were begun in different number formats.")
+    generators = checkpoint.capture_rng(device)
+    models: dict[str, Any] = {}
+    for name, config in configs.items():
+        checkpoint.restore_rng(generators, device)
+        models[name] = tree(base.model)
+        adapt(config, replace(base, model=models[name]), _Named(config, watcher))
+    first = next(iter(configs.values()))
+    choice = number_format(first, base.model, device, begun[0] if begun else None)
+    for model in models.values():
+        if choice.dtype != torch.float32:
+            cast_frozen(model, choice.dtype)
+        model.to(device)
+    watcher.note(f"Base in {choice.name} on {device.type} ({choice.reason}).")
+    bank = Bank(tree(base.model), models, first, common.train, watcher)
+    return bank, {name: Prepared(model, choice, bank.packed) for name, model in models.items()}
+
+
+def _ready(made: Prepared, before: Mapping[str, Any] | None) -> Prepared:
+    del before
+    return made
+
+
+def _of(loop: Loop, error: Exception) -> Exception:
+    """The error, naming its run among several."""
+    if not isinstance(error, RankwiseError):
+        return error
+    told = type(error)(f"{loop.folder.name}: {error}")
+    told.__cause__ = error
+    return told
 
 
 class _Named(Silent):
@@ -144,160 +175,75 @@ class _Named(Silent):
         self._watcher.note(f"{self._name}: {text}")
 
 
-def _tree(model: Any) -> Any:
-    """A model of the same tensors, whose modules are others."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+class _Course:
+    """The steps of several runs; those that are behind, as after a crash, catch up first."""
 
+    def __init__(
+        self, runs: Mapping[str, Run], opened: Mapping[str, contextlib.ExitStack], ended: Ended
+    ) -> None:
+        self.runs, self.opened, self.ended = runs, opened, ended
+        self.left = {name: run.loop for name, run in runs.items()}
 
-def _train(
-    common: Common,
-    runs: Mapping[str, Run],
-    opened: Mapping[str, contextlib.ExitStack],
-    ended: Ended,
-    watcher: Reporter,
-) -> None:
-    """Take the steps of all runs; those that are behind, as after a crash, catch up first."""
-    bank = _Bank(common, runs, watcher)
-    loops = {name: run.loop for name, run in runs.items()}
-    watcher.start("training", bank.total, min(loop.progress.step for loop in loops.values()))
-    with _finishing(watcher), StopRequest(watcher.note) as stop:
-        while loops:
-            step = min(loop.progress.step for loop in loops.values())
-            now = {name: loop for name, loop in loops.items() if loop.progress.step == step}
-            began = time.perf_counter()
-            losses = bank.backward(now)
-            share = (time.perf_counter() - began) / len(now)
-            number, stopped = stop.number, None
-            for name, loop in now.items():
-                try:
-                    loop.advance(losses[name], share)
-                    loop.settle(number)
-                except Diverged as error:
-                    with contextlib.suppress(Diverged), opened[name]:
-                        raise
-                    ended(loop.config, error)
-                    del loops[name]
-                except Interrupted as error:  # the others are to save as well
-                    stopped = error
-                else:
-                    if loop.done:
-                        ended(loop.config, runs[name].finish())
-                        opened[name].close()
-                        del loops[name]
-            if stopped is not None:
-                raise stopped
-            finite = [loss for loss in losses.values() if math.isfinite(loss)]
-            watcher.advance(step + 1, {"loss": sum(finite) / len(finite)} if finite else {})
-
-
-@contextlib.contextmanager
-def _finishing(watcher: Reporter) -> Generator[None]:
-    try:
-        yield
-    finally:
-        watcher.finish()
-
-
-class _Bank:
-    """One model with the adapters of all runs, through which their steps go."""
-
-    def __init__(self, common: Common, runs: Mapping[str, Run], watcher: Reporter) -> None:
-        first = next(iter(runs.values()))
-        self.rows: Rows = common.train
-        self.total = first.loop.total
-        self.most = len(runs)  # that share a pass
-        self.watcher = watcher
-        self.model = _tree(common.base.model)
-        for name, run in runs.items():
-            attach(self.model, Lent(run.made.model), name=name)
-        self.model.to(common.device)
-        self._try()
-        if first.config.recompute:
-            recompute_frozen(self.model, watcher)
-        if first.config.pack == "auto":
-            size = first.config.batch_size * len(runs)
-            packed = pack_frozen(self.model, self.rows.encoded.lengths, size, None, watcher)
-            for run in runs.values():
-                run.manifest["hardware"]["packed"] = list(packed)
-
-    def _try(self) -> None:
-        """Let a row of each run through.
-
-        Raises:
-            Apart: steps would draw random numbers, or rows cannot have adapters of their own.
-        """
-        train_mode(self.model, base_dropout=False)
-        drops = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, _DropoutNd) and module.training and module.p > 0
-        ]
-        if drops:
-            raise Apart(f"'{drops[0]}' trains and has dropout, so its steps draw random numbers.")
-        batch = self.rows.batch([0], targets=True)
-        head = see_output(self.model, batch) if self.rows.task == "causal-lm" else None
-        if head is not None and any(isinstance(m, Update) for m in head.modules()):
-            raise Apart("The output layer is adapted, and its targets are not rows of the batch.")
-        names = list(attachments(self.model))
+    def run(self, bank: Bank, watcher: Reporter) -> None:
+        """Take all that are left."""
+        first = min(loop.progress.step for loop in self.left.values())
+        watcher.start("training", max(loop.total for loop in self.left.values()), first)
         try:
-            with using_rows(self.model, names):
-                part_losses(self.model, _repeated(batch, len(names)), self.rows.task, len(names))
-        except UserError as error:
-            raise Apart(str(error)) from error
+            with StopRequest(watcher.note) as stop:
+                for name in [name for name, loop in self.left.items() if loop.done]:
+                    self._finish(name)
+                while self.left:
+                    losses = self._step(bank, stop)
+                    finite = [loss for loss in losses.values() if math.isfinite(loss)]
+                    shown = {"loss": sum(finite) / len(finite)} if finite else {}
+                    done = min((loop.progress.step for loop in self.left.values()), default=first)
+                    watcher.advance(done, shown)
+        finally:
+            watcher.finish()
 
-    def backward(self, loops: Mapping[str, Loop]) -> dict[str, float]:
-        """Leave the gradients of each run's mean loss over its next step, and return those losses.
-
-        Where memory runs out, fewer runs share a pass, and a single one has passes of fewer rows.
-        """
-        while True:
+    def _step(self, bank: Bank, stop: StopRequest) -> dict[str, float]:
+        """One step of those that are furthest behind; the others are saved if one of them fails."""
+        step = min(loop.progress.step for loop in self.left.values())
+        now = {name: loop for name, loop in self.left.items() if loop.progress.step == step}
+        began = time.perf_counter()
+        losses = bank.backward(now)
+        share = (time.perf_counter() - began) / len(now)
+        number = stop.number
+        stopped: Interrupted | None = None
+        failed: Exception | None = None
+        for name, loop in now.items():
             try:
-                return self._accumulate(loops)
-            except (RuntimeError, MemoryError) as error:
-                if not allocation_failed(error):
-                    raise
-                self._fewer(loops, error)
-            for loop in loops.values():
-                loop.optimizer.zero_grad(set_to_none=True)
-            if self.rows.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _accumulate(self, loops: Mapping[str, Loop]) -> dict[str, float]:
-        train_mode(self.model, base_dropout=False)
-        losses = dict.fromkeys(loops, 0.0)
-        names = list(loops)
-        smallest = min(loops.values(), key=lambda loop: loop.progress.micro_batch)
-        for first in range(0, len(names), self.most):
-            group = names[first : first + self.most]
-            for part, weight in smallest.parts(smallest.passes()):
-                batch = _repeated(self.rows.batch(part, targets=True), len(group))
-                with using_rows(self.model, [name for name in group for _ in part]):
-                    found = part_losses(self.model, batch, self.rows.task, len(group)) / weight
-                    found.sum().backward()
-                for name, loss in zip(group, found.tolist(), strict=True):
-                    losses[name] += loss
+                loop.advance(losses[name], share)
+                loop.settle(number)
+                if loop.done:
+                    self._finish(name)
+            except Diverged as error:
+                self._close(name, error)
+                self.ended(loop.config, error)
+            except Interrupted as error:  # the others are to save as well
+                stopped = error
+            except Exception as error:  # noqa: BLE001 (raised below, when the others are saved)
+                if name in self.left:
+                    self._close(name, error)
+                failed = _of(loop, error)
+        if failed is not None:
+            for name, loop in list(self.left.items()):
+                loop.save()
+                self._close(name, Interrupted(signal.SIGTERM, str(loop.folder)))
+            raise failed
+        if stopped is not None:
+            raise stopped
         return losses
 
-    def _fewer(self, loops: Mapping[str, Loop], error: BaseException) -> None:
-        self.most = min(self.most, len(loops))
-        if self.most == 1:
-            for loop in loops.values():
-                loop.halve(error)
-            return
-        self.most = (self.most + 1) // 2
-        self.watcher.note(f"Memory ran out: {self.most} of the runs share a pass from now on.")
+    def _finish(self, name: str) -> None:
+        """Write what a run has learned; nothing that follows is told in its folder."""
+        result = self.runs[name].finish()
+        del self.left[name]
+        self.opened[name].close()
+        self.ended(self.runs[name].config, result)
 
-
-def _repeated(batch: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-    """A batch that holds the same rows so many times, one copy after the other."""
-    made = {
-        name: tensor.repeat(times, *(1,) * (tensor.ndim - 1))
-        for name, tensor in batch.items()
-        if name != POSITIONS
-    }
-    if POSITIONS in batch:
-        rows, length = batch["labels"].shape
-        at = batch[POSITIONS]
-        made[POSITIONS] = torch.cat([at + i * rows * (length - 1) for i in range(times)])
-    return made
+    def _close(self, name: str, error: Exception) -> None:
+        """Let the folder of a run tell how it ended."""
+        del self.left[name]
+        with contextlib.suppress(type(error)), self.opened[name]:
+            raise error

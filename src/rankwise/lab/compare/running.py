@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,19 +165,21 @@ def _free_memory() -> int | None:
     return None
 
 
-def groups(left: Sequence[Cell], free: int, together: int) -> Iterator[list[Cell]]:
+def groups(
+    left: Sequence[Cell], free: int, together: int, apart: Collection[str] = ()
+) -> Iterator[list[Cell]]:
     """What so many free processes are to do next: the first that is left, with others like it.
 
     Runs of one :func:`~rankwise.train.together.likeness` are spread over the processes that are
-    free, at most so many ``together``.
+    free, at most so many ``together``; those of a likeness that is to train ``apart`` are not.
     """
     waiting = list(left)
     for process in range(free):
         if not waiting:
             return
         own = likeness(waiting[0].config) if together > 1 else None
-        alike = [c for c in waiting if own is not None and likeness(c.config) == own]
-        alike = alike or waiting[:1]
+        alone = own is None or own in apart
+        alike = waiting[:1] if alone else [c for c in waiting if likeness(c.config) == own]
         size = min(together, math.ceil(len(alike) / (free - process)))
         yield alike[:size]
         waiting = [cell for cell in waiting if cell not in alike[:size]]
@@ -191,6 +193,7 @@ class _State:
         self.outcomes = outcomes_of(self.grid, pinned.metric)
         self.work = work_of(self.grid, self.outcomes, pinned.metric)
         self.under_way: dict[str, tuple[Cell, float]] = {}  # with the share that is done
+        self.apart: set[str] = set()  # the likenesses of runs that cannot train together
         self.shown = 0  # the total of the progress that is shown
         self.heard = False
 
@@ -220,7 +223,7 @@ class _State:
                     if stop.number is not None:
                         self._wait(pool)
                         raise Interrupted(stop.number, f"rankwise compare --out {self.grid.folder}")
-                    for cells in groups(self.left(), jobs - len(pool), together):
+                    for cells in groups(self.left(), jobs - len(pool), together, self.apart):
                         pool.start(self._task(cells, threads))
                         self.under_way |= {cell.name: (cell, 0.0) for cell in cells}
                     for task, message in pool.messages(_POLL):
@@ -252,7 +255,10 @@ class _State:
         else:
             for name in task.runs:
                 self.under_way.pop(name, None)
-            if message.how == "failed":
+            if message.how == "apart":
+                self.apart |= {str(likeness(config)) for config in task.runs.values()}
+                self.watcher.note(f"{task.name} train one by one: {message.message}")
+            elif message.how == "failed":
                 self.watcher.note(f"{task.name} failed; the other runs save what they have.")
                 self._wait(pool)
                 self._fail(task, message)

@@ -73,7 +73,8 @@ class Over:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: "finished", "stopped", or "failed" with an error.
+    """How a process ended: "finished", "stopped", "apart" where its runs cannot train together and
+    none was begun, or "failed" with an error.
 
     ``exit_code`` is the error's, 1 for a fault in Rankwise.
     """
@@ -91,6 +92,8 @@ def work(task: Task, pipe: Connection) -> None:
         ended = Ended("finished")
     except (Interrupted, KeyboardInterrupt):
         ended = Ended("stopped")
+    except Apart as error:
+        ended = Ended("apart", str(error))
     except RankwiseError as error:
         ended = Ended("failed", str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001 (told to the parent, the traceback to the log)
@@ -118,7 +121,7 @@ def _settle_in(task: Task) -> None:
 
 
 def _fit(task: Task, pipe: Connection) -> None:
-    """Train the runs, or go on with them, together where the model allows it."""
+    """Train the runs, or go on with them."""
     names = {config.out: name for name, config in task.runs.items()}
 
     def ended(config: FitConfig, result: FitResult | Diverged) -> None:
@@ -129,12 +132,7 @@ def _fit(task: Task, pipe: Connection) -> None:
         _send(pipe, Over(names[config.out], isinstance(result, Diverged)))
 
     configs = list(task.runs.values())
-    try:
-        fit_together(configs, ended, resume=_begun(configs), reporter=_Sender(pipe))
-    except Apart as error:
-        sys.stderr.write(f"One after the other: {error}\n")
-        for config in configs:
-            fit_together([config], ended, resume=_begun([config]), reporter=_Sender(pipe))
+    fit_together(configs, ended, resume=_begun(configs), reporter=_Sender(pipe))
 
 
 def _begun(configs: Sequence[FitConfig]) -> list[str]:
