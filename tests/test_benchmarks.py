@@ -10,7 +10,7 @@ from benchmarks.speed.loss import largest
 from benchmarks.speed.loss import programs as programs_of_loss
 from benchmarks.speed.memory import kept
 from benchmarks.speed.models import LINEAR, batch_of, floor, llama, ours, theirs
-from benchmarks.speed.products import packing, thin
+from benchmarks.speed.products import packing, pieces, thin
 from benchmarks.speed.timing import alternate, ratio
 from benchmarks.together import Grid
 
@@ -41,6 +41,15 @@ def test_the_products_that_are_timed_are_one_product() -> None:
     for programs_of in (thin, lambda out: packing(out, 48)):
         first, second = programs_of(40).values()
         torch.testing.assert_close(first(), second(), rtol=1e-5, atol=1e-4)
+
+
+def test_the_thin_products_that_are_timed_in_pieces_are_the_whole_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.speed.products._CACHES", 0)  # so that both have the same x
+    whole, cut = pieces(40, 48).values()
+    for one, other in zip(whole(), cut(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
 
 
 def test_both_begin_with_the_same_numbers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch.nn import functional as F
 
 from rankwise.kernels.dropout import draw
 from rankwise.kernels.packed import PackedLinear, can_pack
+from rankwise.kernels.thin import add_spread, gathered, narrow
 
-__all__ = ["masks", "optimizing", "packing", "rows", "thin"]
+__all__ = ["masks", "optimizing", "packing", "pieces", "rows", "thin"]
 
 N, R, CALLS = 1088, 8, 20
+_CACHES = 100_000_000  # bytes, more than they hold
 SHAPES = ((384, 384), (1536, 384), (384, 1536))  # MiniLM's (out, in)
 
 
@@ -46,6 +49,10 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
                 yield _row("x Wᵀ: F.linear / packed", on, packing(out, inner), rounds)
     finally:
         torch.set_num_threads(threads)
+    for out, inner in SHAPES:
+        on = f"{N:,} rows, in {inner:,}, out {out:,}, {threads} threads"
+        measure = "the thin products of a layer's step, r = 8: whole / a piece for each thread"
+        yield _row(measure, on, pieces(out, inner), rounds)
     for on, shapes in MODELS.items():
         measure = "clipping and AdamW: as many tensors / one flat tensor"
         yield _row(measure, f"{on}, {len(shapes)} tensors", optimizing(shapes), rounds, calls=1)
@@ -55,6 +62,23 @@ def thin(out: int) -> Mapping[str, Callable[[], Tensor]]:
     """dB (out, r) of dY (N, out) and P (N, r), both ways."""
     dy, p = torch.randn(N, out), torch.randn(N, R)
     return {"as written": lambda: dy.T @ p, "turned": lambda: (p.T @ dy).T}
+
+
+def pieces(out: int, inner: int) -> Mapping[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """P, Z, dA, dB and both additions, with x and dY that are in no cache any more, as in a step."""
+    count = 1 + _CACHES // (4 * N * (inner + out))
+    kept = [(torch.randn(N, inner), torch.randn(N, out)) for _ in range(count)]
+    turn = itertools.cycle(range(count))
+    A, B, y, dx = (torch.randn(s) for s in ((R, inner), (out, R), (N, out), (N, inner)))
+
+    def step(narrowed: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        x, dy = kept[next(turn)]
+        p, z = narrowed(A, x), narrowed(B.T, dy)
+        add_spread(y, p, B.T)
+        add_spread(dx, z, A)
+        return gathered(z, x), gathered(p, dy)
+
+    return {"whole": lambda: step(lambda M, rows: M @ rows.T), "pieces": lambda: step(narrow)}
 
 
 def masks(inner: int) -> Mapping[str, Callable[[], Tensor]]:

@@ -186,8 +186,8 @@ class _Course:
 
     def run(self, bank: Bank, watcher: Reporter) -> None:
         """Take all that are left."""
-        first = min(loop.progress.step for loop in self.left.values())
-        watcher.start("training", max(loop.total for loop in self.left.values()), first)
+        total = max(loop.total for loop in self.left.values())
+        watcher.start("training", total, min(loop.progress.step for loop in self.left.values()))
         try:
             with StopRequest(watcher.note) as stop:
                 for name in [name for name, loop in self.left.items() if loop.done]:
@@ -196,7 +196,7 @@ class _Course:
                     losses = self._step(bank, stop)
                     finite = [loss for loss in losses.values() if math.isfinite(loss)]
                     shown = {"loss": sum(finite) / len(finite)} if finite else {}
-                    done = min((loop.progress.step for loop in self.left.values()), default=first)
+                    done = min((loop.progress.step for loop in self.left.values()), default=total)
                     watcher.advance(done, shown)
         finally:
             watcher.finish()
