@@ -65,7 +65,7 @@ def thin(out: int) -> Mapping[str, Callable[[], Tensor]]:
 
 
 def pieces(out: int, inner: int) -> Mapping[str, Callable[[], tuple[Tensor, Tensor]]]:
-    """P, Z, dA, dB and both additions, with x and dY that are in no cache any more, as in a step."""
+    """P, Z, dA, dB and both additions, with x and dY that no cache holds any more, as in a step."""
     count = 1 + _CACHES // (4 * N * (inner + out))
     kept = [(torch.randn(N, inner), torch.randn(N, out)) for _ in range(count)]
     turn = itertools.cycle(range(count))
