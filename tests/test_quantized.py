@@ -19,7 +19,7 @@ pytest.importorskip("torchao", reason="the quant extra is not installed")
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 64, bias=False)
+        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(x)))
@@ -40,6 +40,7 @@ def four_bit(net: Net, kind: str = "nf4") -> Net:
             quant_type=kind,
         )
         made.load_state_dict(linear.state_dict())
+        made.support_avx512bf16_for_cpu = False  # rounds the base's function in evaluation mode
         setattr(net, name, made.to("cpu"))
     return net
 
@@ -180,3 +181,44 @@ def test_loftq_brings_the_quantised_function_nearer_to_the_original():
     rw.detach(net)
     with torch.no_grad():
         assert torch.equal(net(X), quantised)
+
+
+def reordered(net: Net) -> Net:
+    """As a forward pass in evaluation mode leaves it on a CPU with instructions for bfloat16."""
+    for layer in (net.first, net.second):
+        packed = bnb.functional._convert_weight_packed_for_cpu(
+            layer.weight.data, layer.weight.quant_state
+        )
+        layer.weight.data, layer.weight.quant_state = packed
+        layer.support_avx512bf16_for_cpu = True
+    return net
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_dense_weight_of_a_reordered_layer_is_its_weight_and_leaves_it_so(kind: str):
+    wanted = [dense_weight(layer) for layer in four_bit(plain(), kind).children()]
+    net = reordered(four_bit(plain(), kind))
+    for layer, weight in zip(net.children(), wanted, strict=True):
+        stored = layer.weight.data.clone()
+        torch.testing.assert_close(dense_weight(layer), weight, rtol=2**-8, atol=1e-6)
+        assert torch.equal(layer.weight.data, stored)
+        assert layer.weight.quant_state.packing_format_for_cpu
+
+
+def test_under_adapters_no_evaluation_reorders_a_layer_and_gradients_pass_it():
+    net = reordered(four_bit(plain()))
+    rw.attach(net, rw.LoRA(r=2, target_modules=["first"], head="freeze"))
+    weight = dense_weight(net.second)
+    with torch.no_grad():
+        net.eval()(X)
+    x = X.clone().requires_grad_()
+    torch.testing.assert_close(net.train().second(torch.eye(128)), weight.T)
+    (grad,) = torch.autograd.grad(net(x).square().sum(), x)
+    plain_net = Net().requires_grad_(False)
+    plain_net.first.weight.data = dense_weight(bare(net.first))
+    plain_net.first.bias.data = net.first.bias.data
+    plain_net.second.weight.data = weight
+    (wanted,) = torch.autograd.grad(plain_net(x).square().sum(), x)
+    torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+    rw.detach(net)
+    assert all(layer.support_avx512bf16_for_cpu for layer in net.children())

@@ -11,6 +11,7 @@ from benchmarks.speed.timing import alternate, ratio
 from torch import nn
 
 import rankwise as rw
+from rankwise.train.attention import attending, products_up_to
 from rankwise.train.frozen import train_mode
 
 __all__ = ["rows", "step_of"]
@@ -48,32 +49,42 @@ def _row(
         "peft": theirs(base, targets, dropout=dropout),
         "ours": ours(base, targets, dropout=dropout),
     }
-    packed = floor(base, first), ours(base, targets, dropout=dropout)
-    done = [rw.optimize_frozen(m, batch["input_ids"].numel()) for m in packed]
-    if done[1].packed:
-        contenders |= {"packed floor": packed[0], "packed": packed[1]}
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in base.modules()):
-        contenders["base without dropout"] = ours(base, targets, dropout=dropout)
-        train_mode(contenders["base without dropout"], base_dropout=False)
+    count, length = batch["input_ids"].shape
+    faster = {
+        "optimized floor": floor(base, first),
+        "optimized": ours(base, targets, dropout=dropout),
+        "as fit": ours(base, targets, dropout=dropout),
+    }
+    done = [rw.optimize_frozen(m, count * length) for m in faster.values()]
+    train_mode(faster["as fit"], base_dropout=False)
+    products = products_up_to(faster["as fit"], length)
+    contenders |= faster
     steps = {name: step_of(m, batch) for name, m in contenders.items()}
+    steps["as fit"] = _attending(products, length, steps["as fit"])
     seconds = alternate(steps, rounds)
-    best = "packed" if done[1].packed else "ours"
-    low = "packed floor" if done[1].packed else "floor"
     dropped = f", dropout {dropout:g}" if dropout else ""
     found = {
         "measure": f"training step, {layers}{dropped}: PEFT / ours",
         "on": model,
-        **_numbers("ratio", ratio(seconds["peft"], seconds[best])),
-        **_numbers("over_floor", ratio(seconds[best], seconds[low])),
+        **_numbers("ratio", ratio(seconds["peft"], seconds["optimized"])),
+        **_numbers("over_floor", ratio(seconds["optimized"], seconds["optimized floor"])),
+        **_numbers("PEFT_/_ours_as_fit_runs_it", ratio(seconds["peft"], seconds["as fit"])),
         "packed": len(done[1].packed),
+        "dropouts by seed": len(done[1].dropouts),
+        "attention by products up to": products,
         "milliseconds": {n: 1e3 * sorted(s)[len(s) // 2] for n, s in seconds.items()},
     }
     if not dropout:  # with it the two draw other masks
         found["losses_apart"], found["from_float64"] = _losses_apart(base, targets, batch)
-    if "base without dropout" in seconds:
-        quiet = ratio(seconds["peft"], seconds["base without dropout"])
-        found |= _numbers("PEFT_/_ours_without_the_base's_dropout", quiet)
     return found
+
+
+def _attending(products: int, length: int, step: Callable[[], float]) -> Callable[[], float]:
+    def run() -> float:
+        with attending(products, length):
+            return step()
+
+    return run
 
 
 def _numbers(name: str, made: Any) -> dict[str, list[float]]:

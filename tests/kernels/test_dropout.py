@@ -100,6 +100,29 @@ def test_the_probability_is_that_of_dropout_and_the_gain_keeps_the_mean(p: float
     assert p < 0.01 or not torch.equal(mask, dropout.draw((3000, 201), CPU, p, 8))
 
 
+def test_neither_near_seeds_nor_near_places_have_anything_in_common():
+    masks = torch.stack([dropout.draw((3000,), CPU, 0.5, seed) for seed in range(60)]).double()
+    apart = masks - 0.5
+    seeds = (apart @ apart.T / 750).fill_diagonal_(0)  # a correlation, ± 1/√3000
+    assert seeds.abs().max() < 5.5 / 3000**0.5
+    for lag in (1, 2, 3, 4, 8, 64, 201, 1024):
+        alike = 4 * (apart[:, lag:] * apart[:, :-lag]).mean()
+        assert abs(alike) < 5 / (60 * (3000 - lag)) ** 0.5, lag
+
+
+def test_any_number_of_threads_draws_the_same_mask():
+    threads = torch.get_num_threads()
+    masks: list[Tensor] = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            masks.append(dropout.draw((900, 300), CPU, 0.1, 7, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(masks[0], mask) for mask in masks)
+    assert torch.equal(masks[0].bool(), dropout.draw((900, 300), CPU, 0.1, 7))
+
+
 @pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
 def test_probabilities_at_the_ends_leave_finite_numbers(p: float):
     assert 1 <= dropout.gain(p) <= 2**16

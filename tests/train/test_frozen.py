@@ -1,5 +1,6 @@
-"""The frozen part in training: its dropout, and packing that a run keeps when it goes on."""
+"""How a model runs while it trains: its dropout, and kernels that a run keeps when it goes on."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from transformers import OPTConfig, OPTForCausalLM
 import rankwise as rw
 from rankwise.kernels import can_pack
 from rankwise.layers import LowRank, is_packed
+from rankwise.layers.dropping import BySeed
 from rankwise.train.config import FitConfig
-from rankwise.train.frozen import pack_frozen, recompute_frozen, train_mode
+from rankwise.train.frozen import Kernels, choose_kernels, recompute_frozen, train_mode
 from rankwise.train.reporter import Silent
 from rankwise.train.run import fit
 
@@ -62,26 +64,35 @@ def test_dropout_that_a_block_computes_by_itself_is_quiet_too() -> None:
     assert not torch.equal(opt(input_ids=ids).logits, opt(input_ids=ids).logits)
 
 
-def test_a_run_that_goes_on_packs_the_same_layers() -> None:
+def test_a_run_that_goes_on_takes_the_same_kernels() -> None:
     if not can_pack(torch.zeros(1, 1)):  # pragma: no cover
         pytest.skip("this torch has no oneDNN to pack weights for")
     model = adapted().requires_grad_(False)
-    names = pack_frozen(model, [3, 5], 4, {"hardware": {"packed": ["query.base_layer"]}}, Silent())
-    assert names == ("query.base_layer",)
+    made = Kernels(("query.base_layer",), seeded_dropout=True, attention_by_products=64)
+    again = json.loads(json.dumps({"hardware": made.record()}))
+    assert choose_kernels(model, [3, 5], 4, again, Silent()) == made
     assert [n for n, m in model.named_modules() if is_packed(m)] == ["query.base_layer"]
+    drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert drops
+    assert all(isinstance(m.forward, BySeed) for m in drops)
 
 
-def test_the_manifest_names_what_was_packed(
-    options: Callable[..., FitConfig], tmp_path: Path
-) -> None:
+def test_a_run_of_an_earlier_version_goes_on_with_the_kernels_it_had() -> None:
+    model = adapted().requires_grad_(False)
+    assert choose_kernels(model, [3], 4, {"hardware": {"packed": []}}, Silent()) == Kernels()
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_the_manifest_names_the_kernels(options: Callable[..., FitConfig], tmp_path: Path) -> None:
     result = fit(options(tmp_path / "auto", max_steps=1))
-    packed = result.manifest["hardware"]["packed"]
+    hardware = result.manifest["hardware"]
     linears = {n for n, m in result.model.named_modules() if isinstance(m, nn.Linear)}
-    assert set(packed) <= linears
-    assert not any(is_packed(m) for m in result.model.modules())
-    assert (
-        fit(options(tmp_path / "no", max_steps=1, pack="no")).manifest["hardware"]["packed"] == []
-    )
+    assert set(hardware["packed"]) <= linears
+    assert isinstance(hardware["seeded_dropout"], bool)
+    assert hardware["attention_by_products"] == 0  # in float32
+    assert not any("forward" in vars(m) for m in result.model.modules())
+    plain = fit(options(tmp_path / "no", max_steps=1, pack="no")).manifest["hardware"]
+    assert {n: plain[n] for n in Kernels().record()} == Kernels().record()
 
 
 class Notes(Silent):

@@ -10,7 +10,7 @@ from torch import nn
 
 from rankwise.attaching.plans import Method
 from rankwise.errors import UserError, nearest
-from rankwise.layers import LoRALayer, LowRank, Routing, Switch, Update
+from rankwise.layers import LoRALayer, LowRank, Routing, Switch, Update, reorder
 from rankwise.targets import Site, sites
 
 __all__ = [
@@ -78,10 +78,12 @@ class Book:
 
     ``hung`` has the dtype in which each module with trained copies was hung into the model, and
     that of the model around it. ``routing`` says which rows of a batch go through which adapters,
-    where they do not all go through the active ones.
+    where they do not all go through the active ones. ``ordered`` are quantised layers that would
+    reorder their numbers by themselves.
     """
 
     required_grad: frozenset[str]
+    ordered: tuple[nn.Module, ...] = ()
     attachments: dict[str, Attachment] = field(default_factory=dict[str, Attachment])
     kept: Mapping[str, tuple[nn.Module, LoRALayer]] | None = None
     routing: Routing | None = None
@@ -213,6 +215,7 @@ def forget(model: nn.Module) -> None:
     book = required(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(name in book.required_grad)
+    reorder(book.ordered)
     object.__delattr__(model, _BOOK)
 
 

@@ -23,7 +23,16 @@ from rankwise.attaching.records import (
 )
 from rankwise.attaching.switching import hang_copies
 from rankwise.errors import UserError
-from rankwise.layers import LoRALayer, LowRank, Switch, Update, adapt, drop_updates, released
+from rankwise.layers import (
+    LoRALayer,
+    LowRank,
+    Switch,
+    Update,
+    adapt,
+    drop_updates,
+    keep_order,
+    released,
+)
 from rankwise.targets import Site
 
 __all__ = ["DEFAULT", "attach", "detach", "rehearse"]
@@ -44,6 +53,10 @@ def attach(model: nn.Module, method: Method, *, name: str = DEFAULT) -> Attachme
     (:func:`set_trainable`): a new one is active and trains, and the others stay as they were. Where
     a new one brings its own copy of a module, such as the head, that an active one has a copy of as
     well, it is attached switched off, and a note says so.
+
+    bitsandbytes' 4-bit layers keep their numbers in the order of storage while adapters are on the
+    model: on some CPUs they would reorder and round them when the model is evaluated, and give no
+    gradients from then on.
 
     Returns the record of what was done; its ``notes`` say what a user should know, such as that
     the head trains.
@@ -68,7 +81,7 @@ def attach(model: nn.Module, method: Method, *, name: str = DEFAULT) -> Attachme
         for place in plan.placements
     }
     if book is None:
-        book = Book(_trainable(model))
+        book = Book(_trainable(model), keep_order(model))
         model.requires_grad_(False)
         note_book(model, book)
     batchwide = tuple(_batchwide(plan, layers))

@@ -1,5 +1,7 @@
 """How an adapted layer is computed: the plain formula, and the fast paths held against it."""
 
+from rankwise.kernels.dropout import dropped
+from rankwise.kernels.eager import is_eager
 from rankwise.kernels.formula import (
     add_delta_embedding,
     add_delta_linear,
@@ -25,6 +27,8 @@ __all__ = [
     "branch_linear",
     "can_fuse",
     "can_pack",
+    "dropped",
+    "is_eager",
     "noted",
     "recomputed",
 ]

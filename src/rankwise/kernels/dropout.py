@@ -1,8 +1,9 @@
-"""The dropout of a branch: backward draws its mask again from a seed, in place of keeping it."""
+"""Dropout by seed: backward draws a mask again in place of keeping it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ __all__ = ["draw", "dropped", "gain", "new_seed"]
 
 _BY_SEED = {"cpu", "cuda", "xpu"}  # devices with a torch.Generator that draws by itself
 _STEPS = 1 << 16
+_ROUNDS = ((16, 0x21F0AAAD), (15, 0xD35A2D97), (15, 0x31848BAB))  # shift, and odd multiplier
 
 
 def new_seed(device: torch.device) -> int | None:
@@ -28,26 +30,28 @@ def new_seed(device: torch.device) -> int | None:
     return int(drawn) if type(drawn) is Tensor else 0  # where tensors have no data
 
 
-def draw(shape: Sequence[int], device: torch.device, dropout: float, seed: int | None) -> Tensor:
-    """Which numbers of (N, in) stay: each with probability 1 − p, to 2⁻¹⁶, as a tensor of bools.
+def draw(
+    shape: Sequence[int],
+    device: torch.device,
+    dropout: float,
+    seed: int | None,
+    dtype: torch.dtype = torch.bool,
+) -> Tensor:
+    """Which numbers of (N, in) stay: each with probability 1 − p, to 2⁻¹⁶, as ones and zeros.
 
-    With a seed it is the same mask each time; without, torch's own generator draws it. On a CPU a
-    number costs 16 random bits and a comparison: ``bernoulli_`` draws and divides for each one, and
-    takes as long there as a product with a small weight.
+    With a seed it is the same mask each time, for any number of threads; without, torch's own
+    generator draws it. On a CPU ``bernoulli_`` takes as long as a product with a small weight: a
+    mask is made there of 16 bits for each number, of the numbers' places hashed with the seed,
+    which all threads compute at once.
     """
+    if device.type == "cpu" and seed is not None:
+        count = torch.Size(shape).numel()
+        halves = _words((count + 1) // 2, seed).view(torch.int16)[:count].view(shape)
+        mask = torch.empty(shape, dtype=dtype)
+        return torch.lt(halves, _steps(dropout) - _STEPS // 2, out=mask)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    if device.type != "cpu":
-        mask = torch.empty(shape, dtype=torch.bool, device=device)
-        return mask.bernoulli_(_steps(dropout) / _STEPS, generator=generator)
-    count = torch.Size(shape).numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-    words.random_(-(2**63), None, generator=generator)
-    return (words.view(torch.int16)[:count] < _steps(dropout) - _STEPS // 2).view(shape)
-
-
-def dropped(rows: Tensor, mask: Tensor) -> Tensor:
-    """rows where the mask is true and zero elsewhere, to be multiplied with the :func:`gain`."""
-    return torch.where(mask, rows, 0)
+    mask = torch.empty(shape, dtype=torch.bool, device=device)
+    return mask.bernoulli_(_steps(dropout) / _STEPS, generator=generator).to(dtype)
 
 
 def gain(dropout: float) -> float:
@@ -55,5 +59,66 @@ def gain(dropout: float) -> float:
     return _STEPS / _steps(dropout)
 
 
+def dropped(x: Tensor, p: float) -> Tensor:
+    """x with each number zero with probability p, to 2⁻¹⁶, and the others times the gain.
+
+    What ``torch.nn.functional.dropout`` does, with other draws; for backward a seed is kept.
+    """
+    seed = new_seed(x.device)
+    if seed is None:
+        return torch.nn.functional.dropout(x, p)
+    return _Dropout.apply(x, p, seed)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return x * _scaled(x, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        return dy * _scaled(dy, ctx.p, ctx.seed), None, None
+
+
+def _scaled(x: Tensor, p: float, seed: int) -> Tensor:
+    return draw(x.shape, x.device, p, seed, x.dtype).mul_(gain(p))
+
+
 def _steps(dropout: float) -> int:
     return min(max(round(_STEPS * (1.0 - dropout)), 1), _STEPS - 1)
+
+
+def _words(count: int, seed: int) -> Tensor:
+    """So many random words of 32 bits: 0, 1, 2, ... hashed with the two halves of the seed.
+
+    Rounds of x ← (x ⊕ (x ≫ k)) · m mod 2³², each of which permutes the words: the finaliser of a
+    hash table, with multipliers that C. Wellons and others found by search (nullprogram.com,
+    "Prospecting for Hash Functions").
+    """
+    words = torch.arange(count, dtype=torch.int32)
+    room = torch.empty_like(words)
+    seed = _mixed(seed)
+    keys = (_signed(seed), _signed(seed >> 32), 0)
+    for key, (shift, factor) in zip(keys, _ROUNDS, strict=True):
+        _fold(words.bitwise_xor_(key), shift, room).mul_(_signed(factor))
+    return _fold(words, 14, room)
+
+
+def _mixed(seed: int) -> int:
+    """The seed permuted, so that near ones have nothing in common: SplitMix64's finaliser."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        seed = (seed ^ (seed >> shift)) * factor % (1 << 64)
+    return seed ^ (seed >> 31)
+
+
+def _fold(words: Tensor, shift: int, room: Tensor) -> Tensor:
+    """words ⊕ (words ≫ shift) in place; torch's own shift carries the sign along."""
+    torch.bitwise_right_shift(words, shift, out=room).bitwise_and_((1 << (32 - shift)) - 1)
+    return words.bitwise_xor_(room)
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as a signed number."""
+    return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.errors import RankwiseError
-from rankwise.kernels.dropout import draw, dropped, gain, new_seed
+from rankwise.kernels.dropout import draw, gain, new_seed
 from rankwise.kernels.eager import is_eager, is_lowered
 from rankwise.kernels.recompute import Origin, Recipe, origin_of
 from rankwise.kernels.rows import BatchRows
@@ -190,8 +190,9 @@ def _sum(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> tuple[Tensor,
         mask, seed, inputs = None, None, branch.taken(rows)
         if branch.dropout > 0.0:
             seed = new_seed(x.device)
-            mask = draw(inputs.shape, x.device, branch.dropout, seed)
-            inputs = dropped(inputs, mask)
+            small = torch.bool if seed is None else x.dtype  # a product with bools is slow
+            mask = draw(inputs.shape, x.device, branch.dropout, seed, small)
+            inputs = inputs * mask
         down = branch.gained(narrow(branch.A.to(x.dtype), inputs))
         branch.add_spread(branch.part(sums), down, branch.B.to(x.dtype).T, branch.scale)
         made.append(_Kept(down, mask if seed is None else None, seed))
@@ -262,13 +263,13 @@ class _AdaptedLinear(torch.autograd.Function):
                 if mask is None:
                     branch.add_spread(dx, up, A.to(dy.dtype))
                 else:
-                    branch.add(dx, dropped(spread(up, A.to(dy.dtype)), mask))
+                    branch.add(dx, spread(up, A.to(dy.dtype)) * mask)
             dA = dB = None
             twice = torch.is_grad_enabled() and train_B[i]  # P is then a function of x and A again
             inputs = None
             if rows is not None and (train_A[i] or twice):
                 inputs = branch.taken(rows)
-                inputs = inputs if mask is None else dropped(inputs, mask)
+                inputs = inputs if mask is None else inputs * mask
             if train_A[i]:
                 assert inputs is not None
                 assert up is not None
@@ -295,7 +296,8 @@ def _mask(branch: Branch, kept: Tensor | None, seed: int | None, dy: Tensor) -> 
     """Which inputs dropout spared, for a branch's rows of dy (n, out); None for all."""
     if seed is None:
         return kept
-    return draw((dy.shape[0], branch.A.shape[1]), dy.device, branch.dropout, seed)
+    shape = dy.shape[0], branch.A.shape[1]
+    return draw(shape, dy.device, branch.dropout, seed, dy.dtype)
 
 
 def _made_again(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,15 @@
 
 from rankwise.layers.bottleneck import Activation, Network, network
 from rankwise.layers.build import adapt, bare, drop_updates, low_rank, offset, token_rows, wrap
-from rankwise.layers.frozen import dense_weight, is_quantized, quantization, rounds_inputs
+from rankwise.layers.dropping import drop_by_seed
+from rankwise.layers.frozen import (
+    dense_weight,
+    is_quantized,
+    keep_order,
+    quantization,
+    reorder,
+    rounds_inputs,
+)
 from rankwise.layers.fusing import is_packed, pack, unpack
 from rankwise.layers.host import LoRAHost, released
 from rankwise.layers.layer import (
@@ -70,6 +78,7 @@ __all__ = [
     "adapt",
     "bare",
     "dense_weight",
+    "drop_by_seed",
     "drop_updates",
     "has_bias",
     "is_conv1d",
@@ -78,6 +87,7 @@ __all__ = [
     "is_recomputing",
     "is_wrapped",
     "keep_activations",
+    "keep_order",
     "layout_of",
     "layouts",
     "low_rank",
@@ -90,6 +100,7 @@ __all__ = [
     "recompute_activations",
     "refusal",
     "released",
+    "reorder",
     "restore_frozen",
     "rounds_inputs",
     "shape_of",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +13,11 @@ from torch import Tensor, nn
 __all__ = [
     "dense_weight",
     "is_quantized",
+    "keep_order",
     "logical_shape",
     "own_parameter",
     "quantization",
+    "reorder",
     "rounds_inputs",
 ]
 
@@ -23,6 +28,7 @@ _BITSANDBYTES = {
     "LinearNF4": "bitsandbytes 4-bit",
     "Linear8bitLt": "bitsandbytes 8-bit",
 }
+_REORDERS = "support_avx512bf16_for_cpu"  # of a 4-bit layer: whether it packs for that kernel
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
@@ -96,7 +102,7 @@ def _bitsandbytes_weight(module: nn.Module, weight: Tensor, kind: str) -> Tensor
         state = weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
         if state is None:
             return weight.detach()  # not packed yet: that happens on the way to a device
-        return functional.dequantize_4bit(weight.detach(), state)
+        return functional.dequantize_4bit(*_unpacked(weight.detach(), state))
     if weight.dtype is not torch.int8:
         return weight.detach()
     scales = weight.SCB  # pyright: ignore[reportAttributeAccessIssue]
@@ -104,3 +110,49 @@ def _bitsandbytes_weight(module: nn.Module, weight: Tensor, kind: str) -> Tensor
         scales = module.state.SCB  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(scales, Tensor)
     return functional.int8_vectorwise_dequant(weight.detach(), scales)
+
+
+def _unpacked(weight: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """A 4-bit weight and its state in the order of storage; both of the layer stay as they are.
+
+    On a CPU with instructions for bfloat16 the first forward pass in evaluation mode packs them in
+    place for its kernel, rounding the scales to bfloat16; no public function reads that order.
+    """
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight, state
+    from bitsandbytes import functional
+
+    scales = state.absmax.T.reshape(-1).float()
+    state = copy.copy(state)
+    state.original_nested = False  # quantising the scales again would round them once more
+    restore: Any = functional._convert_weight_packed_for_cpu_inverse  # pyright: ignore[reportPrivateUsage]
+    weight, state = restore(weight, state)
+    state.absmax = scales
+    return weight, state
+
+
+def keep_order(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Let 4-bit layers keep the order in which they store their numbers; which of them didn't.
+
+    bitsandbytes reorders them in place, and rounds their scales, at the first forward pass in
+    evaluation mode on a CPU with instructions for bfloat16. Its layer then gives its inputs no
+    gradient any more, in training mode either, so that a model that is evaluated between two steps
+    would learn wrongly. :func:`reorder` is the inverse.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return ()
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if quantization(module) == "bitsandbytes 4-bit" and vars(module).get(_REORDERS):
+            weight: Any = module.weight
+            weight.data, state = _unpacked(weight.data, weight.quant_state)
+            weight.quant_state = module.quant_state = state
+            setattr(module, _REORDERS, False)
+            found.append(module)
+    return tuple(found)
+
+
+def reorder(layers: Iterable[nn.Module]) -> None:
+    """Let 4-bit layers reorder their numbers again."""
+    for layer in layers:
+        setattr(layer, _REORDERS, True)

@@ -15,7 +15,7 @@ from rankwise.errors import UserError
 from rankwise.train import checkpoint
 from rankwise.train.config import FitConfig
 from rankwise.train.evaluate import Rows, part_losses
-from rankwise.train.frozen import pack_frozen, recompute_frozen, train_mode
+from rankwise.train.frozen import Kernels, choose_kernels, recompute_frozen, train_mode
 from rankwise.train.language import POSITIONS, see_output
 from rankwise.train.loop import Loop
 from rankwise.train.precision import allocation_failed
@@ -45,7 +45,7 @@ class Bank:
         watcher: told what is done.
 
     Attributes:
-        packed: names of the frozen layers whose weight is packed.
+        kernels: those that the base is computed by.
 
     Raises:
         Apart: the steps of these runs cannot share a pass.
@@ -69,10 +69,10 @@ class Bank:
         self._try()
         if config.recompute:
             recompute_frozen(base, watcher)
-        self.packed: tuple[str, ...] = ()
+        self.kernels = Kernels()
         if config.pack == "auto":
             size = config.batch_size * len(models)
-            self.packed = pack_frozen(base, rows.encoded.lengths, size, None, watcher)
+            self.kernels = choose_kernels(base, rows.encoded.lengths, size, None, watcher)
 
     def _try(self) -> None:
         """Take a step's forward pass with the shortest and the longest row of each run.
@@ -142,7 +142,8 @@ class Bank:
             group = names[first : first + self.most]
             for part, weight in smallest.parts(smallest.passes()):
                 batch = _repeated(self.rows.batch(part, targets=True), len(group))
-                with using_rows(self.model, [name for name in group for _ in part]):
+                shared = using_rows(self.model, [name for name in group for _ in part])
+                with shared, smallest.attending(part):
                     found = part_losses(self.model, batch, self.rows.task, len(group)) / weight
                     found.sum().backward()
                 for name, loss in zip(group, found.tolist(), strict=True):

@@ -1,18 +1,45 @@
-"""How the frozen part of a model runs while the rest trains: dropout, kernels, what it keeps."""
+"""How a model runs while it trains: dropout, the kernels it is computed by, what it keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from rankwise.attaching import attachments
-from rankwise.layers import Update, optimize_frozen, pack, recompute_activations
+from rankwise.layers import (
+    Update,
+    drop_by_seed,
+    optimize_frozen,
+    pack,
+    recompute_activations,
+)
+from rankwise.train.attention import products_up_to
 from rankwise.train.reporter import Reporter
 
-__all__ = ["pack_frozen", "recompute_frozen", "train_mode"]
+__all__ = ["Kernels", "choose_kernels", "recompute_frozen", "train_mode"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels that a run is computed by, where they are not those that torch takes by itself.
+
+    Attributes:
+        packed: names of the frozen layers whose weight is packed.
+        seeded_dropout: whether the dropout of the base is drawn by seed.
+        attention_by_products: up to which length in tokens attention is computed by plain products.
+    """
+
+    packed: tuple[str, ...] = ()
+    seeded_dropout: bool = False
+    attention_by_products: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of them."""
+        return {**asdict(self), "packed": list(self.packed)}
 
 
 def train_mode(model: nn.Module, base_dropout: bool) -> None:
@@ -34,33 +61,27 @@ def train_mode(model: nn.Module, base_dropout: bool) -> None:
             module.training = False
 
 
-def pack_frozen(
+def choose_kernels(
     model: nn.Module,
     lengths: Sequence[int],
     batch_size: int,
     before: Mapping[str, Any] | None,
     reporter: Reporter,
-) -> tuple[str, ...]:
-    """Pack frozen weights where a measurement on this CPU says that it is faster.
+) -> Kernels:
+    """Let a model compute by the kernels that a short measurement on this CPU says are faster.
 
     Args:
         lengths: of the training rows in tokens.
         batch_size: rows in a pass.
-        before: the manifest of the run that goes on: the same layers are packed, so that it goes
+        before: the manifest of the run that goes on: the same kernels are taken, so that it goes
             on bit for bit.
-        reporter: told what was packed.
-
-    Returns:
-        the names of the packed layers.
+        reporter: told what was chosen.
     """
     rows = max(1, round(batch_size * sum(lengths) / max(1, len(lengths))))
     if before is not None:
-        names: tuple[str, ...] = tuple(before["hardware"].get("packed", ()))
-        for name in names:
-            pack(model.get_submodule(name), rows)
-        return names
+        return _as_before(model, rows, before["hardware"])
     if next(model.parameters()).device != torch.device("cpu"):
-        return ()
+        return Kernels()
     done = optimize_frozen(model, rows)
     if done.packed:
         best = min(done.ratios.values())
@@ -68,7 +89,27 @@ def pack_frozen(
             f"{len(done.packed)} frozen layers are packed ({done.bytes / 1e6:,.0f} MB more); "
             f"measured here, that takes down to {best:.2f} of the plain time."
         )
-    return done.packed
+    longest = products_up_to(model, max(lengths, default=0))
+    if longest:
+        reporter.note(
+            f"Attention of up to {longest} tokens is computed by plain products; measured here, "
+            "that is faster than torch's fused kernel."
+        )
+    return Kernels(done.packed, bool(done.dropouts), longest)
+
+
+def _as_before(model: nn.Module, rows: int, hardware: Mapping[str, Any]) -> Kernels:
+    chosen = Kernels(
+        tuple(hardware.get("packed", ())),
+        hardware.get("seeded_dropout", False),
+        hardware.get("attention_by_products", 0),
+    )
+    for name in chosen.packed:
+        pack(model.get_submodule(name), rows)
+    if chosen.seeded_dropout:
+        for module in model.modules():
+            drop_by_seed(module)
+    return chosen
 
 
 def recompute_frozen(model: nn.Module, reporter: Reporter) -> None:

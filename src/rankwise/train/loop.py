@@ -20,6 +20,7 @@ from rankwise.io.files import append_text
 from rankwise.methods.groups import parameter_groups
 from rankwise.train import checkpoint
 from rankwise.train.answers import Answers
+from rankwise.train.attention import attending
 from rankwise.train.checkpoint import Progress
 from rankwise.train.config import FitConfig
 from rankwise.train.evaluate import Rows, batch_loss, measure, targets_in
@@ -101,6 +102,7 @@ class Loop:
         self.eval_every = config.eval_every or self.steps_per_epoch
         self.log_every = max(1, self.total // _LOGGED_STEPS)
         self.progress = Progress(micro_batch=config.batch_size)
+        self.by_products = 0  # attention of rows of up to so many tokens
         self.nested = Nested(model, config.seed) if config.train_nested else None
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._saved_at = time.monotonic()
@@ -258,10 +260,16 @@ class Loop:
         total = 0.0
         for part, weight in self.parts(passes):
             batch = self.train_rows.batch(part, targets=True)
-            loss = batch_loss(self.model, batch, self.train_rows.task) / weight
-            loss.backward()
+            with self.attending(part):
+                loss = batch_loss(self.model, batch, self.train_rows.task) / weight
+                loss.backward()
             total += loss.item()
         return total
+
+    def attending(self, rows: list[int]) -> contextlib.AbstractContextManager[object]:
+        """How attention is computed in a pass of these rows."""
+        lengths = self.train_rows.encoded.lengths
+        return attending(self.by_products, max(lengths[row] for row in rows))
 
     def parts(self, passes: list[list[int]]) -> Iterator[tuple[list[int], int]]:
         """The rows of a step, as many at a time as memory holds, and what its losses add up to."""

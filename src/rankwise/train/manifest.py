@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,9 @@ def describe_data(examples: Examples) -> dict[str, Any]:
 
 
 def surroundings(
-    device: torch.device, dtype: str, reason: str, packed: Collection[str] = ()
+    device: torch.device, dtype: str, reason: str, kernels: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The code, library versions and hardware of this process, and which layers were packed."""
+    """The code, library versions and hardware of this process, and the kernels that were chosen."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn")
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -200,7 +200,8 @@ def surroundings(
             "device_type": device.type,
             "dtype": dtype,
             "dtype_reason": reason,
-            "packed": list(packed),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            **(kernels or {}),
             "system": f"{platform.system()} {platform.machine()}",
         },
     }

@@ -214,6 +214,7 @@ def begin(
                 rows = serving.enter_context(_rows(config, folder, made.model, common, reporter))
                 keep = functools.partial(_keep, made.model, folder, config, manifest)
                 loop = Loop(made.model, *rows, config, common.metric, folder, keep, reporter)
+                loop.by_products = made.kernels.attention_by_products
                 if before is not None:
                     loop.resume()
                 yield Run(config, common, made, manifest, loop, serving)
@@ -348,7 +349,7 @@ def _manifest(config: FitConfig, common: Common, made: Prepared, together: int) 
         "base": {"source": common.base.source, "fingerprint": common.base.fingerprint},
         "notes": [*data.notes, *done.notes],
         **record.surroundings(
-            common.device, made.choice.name, made.choice.reason, packed=made.packed
+            common.device, made.choice.name, made.choice.reason, made.kernels.record()
         ),
     }
 

@@ -34,7 +34,7 @@ from rankwise.methods.lora import LoRA
 from rankwise.methods.prefix import PrefixTuning
 from rankwise.train.config import FitConfig
 from rankwise.train.evaluate import Rows, batch_loss
-from rankwise.train.frozen import pack_frozen, recompute_frozen
+from rankwise.train.frozen import Kernels, choose_kernels, recompute_frozen
 from rankwise.train.model import Base, checkpoint_blocks, fresh_modules
 from rankwise.train.precision import Choice, cast_frozen, choose_dtype
 from rankwise.train.reporter import Reporter
@@ -75,12 +75,12 @@ class Prepared:
     Attributes:
         model: with its method attached, on its device in its number format.
         choice: the number format.
-        packed: names of the frozen layers whose weight is packed.
+        kernels: those that it is computed by.
     """
 
     model: nn.Module
     choice: Choice
-    packed: tuple[str, ...]
+    kernels: Kernels
 
 
 def column_names(config: FitConfig) -> ColumnNames:
@@ -294,10 +294,10 @@ def prepare(
         model.to(device)
     choice = equip(config, base, device, before, watcher, rows)
     model.to(device)
-    packed: tuple[str, ...] = ()
-    if config.pack == "auto" and config.method != "full":
-        packed = pack_frozen(model, rows.encoded.lengths, config.batch_size, before, watcher)
-    return Prepared(model, choice, packed)
+    kernels = Kernels()
+    if config.pack == "auto":
+        kernels = choose_kernels(model, rows.encoded.lengths, config.batch_size, before, watcher)
+    return Prepared(model, choice, kernels)
 
 
 def equip(

@@ -148,7 +148,7 @@ def _models(
         model.to(device)
     watcher.note(f"Base in {choice.name} on {device.type} ({choice.reason}).")
     bank = Bank(tree(base.model), models, first, common.train, watcher)
-    return bank, {name: Prepared(model, choice, bank.packed) for name, model in models.items()}
+    return bank, {name: Prepared(model, choice, bank.kernels) for name, model in models.items()}
 
 
 def _ready(made: Prepared, before: Mapping[str, Any] | None) -> Prepared:

@@ -27,6 +27,7 @@ from rankwise.lab.estimate.overhead import of_process
 from rankwise.layers import LoRAHost, optimize_frozen
 from rankwise.layers.fusing import frozen_linear
 from rankwise.targets import find_head
+from rankwise.train.attention import products_up_to
 from rankwise.train.checkpoint import Progress
 from rankwise.train.config import FitConfig
 from rankwise.train.evaluate import Rows, row_losses
@@ -89,9 +90,12 @@ class Rehearsal:
         told = _Notes()
         self.choice: Choice = equip(config, base, device, None, told)
         self.notes = tuple(told.texts)
-        packs = config.pack == "auto" and config.method != "full" and device.type == "cpu"
+        chooses = config.pack == "auto" and device.type == "cpu"
         tokens = config.batch_size * self.length
-        self.packed_bytes = _packed_bytes(model, tokens) if packs else 0
+        self.packed_bytes = _packed_bytes(model, tokens) if chooses else 0
+        by_products = products_up_to(model, self.length) if chooses else 0
+        if chooses:
+            optimize_frozen(model)  # its dropout, as weights without data cannot be packed
         self._fake, self._live = FakeTensorMode(), Live()
         self._begun = False
         kept = attachment(model).originals.values()  # in memory as well, though no part of it
@@ -99,6 +103,7 @@ class Rehearsal:
             _place([model, *kept], device)
             held = self._rows(1)
             self._loop = Loop(model, held, held, config, "", Path(), lambda _: None, Silent())
+            self._loop.by_products = by_products
             self._packed = torch.empty(self.packed_bytes, dtype=torch.uint8, device=device)
         self.gradient_bytes = sum(p.nbytes for p in self._loop.parameters.values())
         for module in (model, *kept):

@@ -1,0 +1,63 @@
+"""Attention by plain products where they are faster than torch's fused kernel: on short rows."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["attending", "products_up_to"]
+
+_LENGTHS = (32, 64, 128, 256)  # tokens; the matrices of weights that longer rows need are large
+_ROWS = 4  # of a batch that is measured
+_ROUNDS = 4
+_WORTH = 0.9  # the products are taken when they need at most so much of the fused kernel's time
+_WAYS = (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
+
+
+def attending(longest: int, length: int) -> contextlib.AbstractContextManager[object]:
+    """For a forward and backward pass of rows of this length: by products if it is no longer.
+
+    Only functional.scaled_dot_product_attention looks at it; gradient checkpointing calls that in
+    backward, too.
+    """
+    return sdpa_kernel([SDPBackend.MATH]) if length <= longest else contextlib.nullcontext()
+
+
+def products_up_to(model: nn.Module, longest: int) -> int:
+    """Up to which length attention is faster by products here; 0 where it never is.
+
+    torch's fused kernel for a CPU has a slow backward for bfloat16 and float16 on short rows. In
+    float32 it is always faster than the products, so there nothing is measured. The heads are those
+    that the model's config tells of; where it tells none the answer is 0.
+    """
+    dtype = getattr(model, "dtype", torch.float32)
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if dtype.itemsize != 2 or not isinstance(heads, int) or not isinstance(width, int):
+        return 0
+    found = 0
+    for length in _LENGTHS:
+        if length >= 2 * longest or not _faster(length, heads, width // heads, dtype):
+            break
+        found = length
+    return found
+
+
+def _faster(length: int, heads: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether the products take less time, forward and gradient; the least of some rounds."""
+    shape = _ROWS, heads, length, width
+    q, k, v = (torch.ones(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(_ROWS, 1, length, length, dtype=torch.bool)
+    best = [float("inf"), float("inf")]
+    for _ in range(_ROUNDS):
+        for i, way in enumerate(_WAYS):
+            start = time.perf_counter()
+            with sdpa_kernel([way]):
+                F.scaled_dot_product_attention(q, k, v, mask).sum().backward()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] <= _WORTH * best[1]
