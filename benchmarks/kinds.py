@@ -81,6 +81,7 @@ def _four_bits(plain: nn.Module) -> nn.Module:
     layer = Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight = Params4bit(plain.weight.detach().clone(), requires_grad=False, quant_type="nf4")
     layer.bias = plain.bias
+    layer.support_avx512bf16_for_cpu = False  # whose kernel rounds the base, not what is adapted
     return layer.to("cpu")
 
 

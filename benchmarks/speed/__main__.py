@@ -15,7 +15,7 @@ from transformers import logging
 
 from rankwise.train.manifest import surroundings
 
-RECORDS = Path(__file__).parent.parent / "records"
+RECORDS = Path(__file__).parent.parent / "records" / torch.backends.cpu.get_cpu_capability().lower()
 PARTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "steps": steps.rows,
     "memory": memory.rows,
@@ -46,7 +46,7 @@ def main() -> None:
         for row in parts[name](given.rounds):
             found.append(row)
             print(line(row), flush=True)
-        RECORDS.mkdir(exist_ok=True)
+        RECORDS.mkdir(parents=True, exist_ok=True)
         made = json.dumps({**about, "rounds": given.rounds, "rows": found}, indent=1)
         (RECORDS / f"speed-{name}.json").write_text(made + "\n", encoding="utf-8")
 

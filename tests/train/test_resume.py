@@ -56,7 +56,7 @@ class Run:
         return self._answer()
 
     def told(self) -> str:
-        return (self.folder / "err").read_text()
+        return (self.folder / "err").read_text() if (self.folder / "err").exists() else ""
 
     def printed(self) -> str:
         return (self.folder / "out").read_text()
@@ -124,11 +124,8 @@ def same_run(one: Path, other: Path, look: Any) -> None:
     assert look.log(one) == look.log(other)
     assert [p.name for p in look.checkpoints(one)] == [p.name for p in look.checkpoints(other)]
     newest = [look.checkpoints(run)[-1] for run in (one, other)]
-    for parts in (
-        [run / "adapter" for run in (one, other)],
-        [one / "last", other / "last"],
-        newest,
-    ):
+    places = *([run / part for run in (one, other)] for part in ("adapter", "last")), newest
+    for parts in places:
         found = [bits(part, look) for part in parts]
         assert len(found[0]) > 0
         assert found[0] == found[1], parts
@@ -169,6 +166,9 @@ def chain(nursery: subprocess.Popen[str], tmp_path: Path, look: Any) -> Chain:
         cuts = sorted(draw.sample(range(2, lines(alone) - 3), len(blows)))
         for blow, cut in zip(blows, cuts, strict=True):
             run = Run(nursery, tmp_path, words)
+            if words[1] == "--resume":  # the log is there from before
+                run.until(lambda run=run: "Going on from step" in run.told())
+                cut = max(cut, lines(folder) + 1)
             run.until(lambda cut=cut: lines(folder) >= cut)
             if words[1] == "--config":
                 with pytest.raises(UserError, match=rf"Another run \(process {run.pid}\)"):
