@@ -1,4 +1,4 @@
-"""Pieces of a step by themselves: thin products, a packed weight, the optimiser's own step."""
+"""Pieces of a step by themselves: thin products, packed weights, dropout, attention, AdamW."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from benchmarks.speed.timing import alternate, ratio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.kernels.dropout import draw
+from rankwise.kernels import dropped
 from rankwise.kernels.packed import PackedLinear, can_pack
 from rankwise.kernels.thin import add_spread, gathered, narrow
+from rankwise.train.attention import attending
 
-__all__ = ["masks", "optimizing", "packing", "pieces", "rows", "thin"]
+__all__ = ["attention", "dropout", "optimizing", "packing", "pieces", "rows", "thin"]
 
 N, R, CALLS = 1088, 8, 20
 _CACHES = 100_000_000  # bytes, more than they hold
@@ -43,8 +44,6 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
         for out, inner in SHAPES:
             on = f"{N:,} rows, in {inner:,}, out {out:,}, 1 thread"
             yield _row("dB = dYᵀ P, r = 8: as written / turned", on, thin(out), rounds)
-            drawn = "a mask of dropout: bernoulli_ / 16 bits for a number"
-            yield _row(drawn, f"{N:,} × {inner:,}, 1 thread", masks(inner), rounds)
             if can_pack(torch.empty(out, inner)):
                 yield _row("x Wᵀ: F.linear / packed", on, packing(out, inner), rounds)
     finally:
@@ -53,6 +52,17 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
         on = f"{N:,} rows, in {inner:,}, out {out:,}, {threads} threads"
         measure = "the thin products of a layer's step, r = 8: whole / a piece for each thread"
         yield _row(measure, on, pieces(out, inner), rounds)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for inner in (384, 1536):
+            on = f"{N:,} × {inner:,}, {name}, {threads} threads"
+            yield _row(
+                "dropout, forward and gradient: torch / by seed", on, dropout(inner, dtype), rounds
+            )
+        for length in (34, 128, 256):
+            on = f"8 rows of {length} tokens, 12 heads of 32, {name}, {threads} threads"
+            measure = "attention, forward and gradient: fused / by products"
+            yield _row(measure, on, attention(length, dtype), rounds, calls=2)
     for on, shapes in MODELS.items():
         measure = "clipping and AdamW: as many tensors / one flat tensor"
         yield _row(measure, f"{on}, {len(shapes)} tensors", optimizing(shapes), rounds, calls=1)
@@ -81,14 +91,29 @@ def pieces(out: int, inner: int) -> Mapping[str, Callable[[], tuple[Tensor, Tens
     return {"whole": lambda: step(lambda M, rows: M @ rows.T), "pieces": lambda: step(narrow)}
 
 
-def masks(inner: int) -> Mapping[str, Callable[[], Tensor]]:
-    """The mask (N, in) of dropout with p = 0.05, drawn by torch and as a branch draws it."""
-    device = torch.device("cpu")
-    room = torch.empty(N, inner, dtype=torch.bool)
+def dropout(inner: int, dtype: torch.dtype) -> Mapping[str, Callable[[], None]]:
+    """Dropout of (N, in) with p = 0.1, drawn by torch and by seed."""
+    x = torch.randn(N, inner, dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(x)
     return {
-        "bernoulli_": lambda: room.bernoulli_(0.95),
-        "16 bits": lambda: draw((N, inner), device, 0.05, 1),
+        "torch": lambda: F.dropout(x, 0.1).backward(dy),
+        "by seed": lambda: dropped(x, 0.1).backward(dy),
     }
+
+
+def attention(length: int, dtype: torch.dtype) -> Mapping[str, Callable[[], None]]:
+    """Attention without dropout as torch chooses to compute it, and by plain products."""
+    shape = 8, length, 12, 32  # as a linear layer gives them
+    q, k, v, dy = (torch.randn(shape, dtype=dtype).transpose(1, 2) for _ in range(4))
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    mask = torch.ones(8, 1, length, length, dtype=torch.bool)
+
+    def run(longest: int) -> None:
+        with attending(longest, length):
+            F.scaled_dot_product_attention(q, k, v, mask).backward(dy)
+
+    return {"fused": lambda: run(0), "by products": lambda: run(length)}
 
 
 def packing(out: int, inner: int) -> Mapping[str, Callable[[], Tensor]]:

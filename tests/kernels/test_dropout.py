@@ -110,6 +110,23 @@ def test_neither_near_seeds_nor_near_places_have_anything_in_common():
         assert abs(alike) < 5 / (60 * (3000 - lag)) ** 0.5, lag
 
 
+@pytest.mark.parametrize("block", [2, 7, 64])
+def test_a_mask_that_is_drawn_in_parts_has_no_part_twice(
+    block: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dropout, "_BLOCK", block)
+    mask = dropout.draw((3001,), CPU, 0.5, 7, torch.float64)
+    assert abs(mask.mean() - 0.5) < 5 * 0.5 / 3001**0.5
+    apart = 2 * mask - 1
+    for lag in (1, block, 2 * block):
+        assert abs((apart[lag:] * apart[:-lag]).mean()) < 5 / (3001 - lag) ** 0.5, lag
+
+
+def test_there_are_masks_of_nothing():
+    assert dropout.draw((0, 7), CPU, 0.5, 7, torch.float32).shape == (0, 7)
+    assert dropout.dropped(torch.zeros(3, 0), 0.5).shape == (3, 0)
+
+
 def test_any_number_of_threads_draws_the_same_mask():
     threads = torch.get_num_threads()
     masks: list[Tensor] = []

@@ -12,6 +12,7 @@ __all__ = ["draw", "dropped", "gain", "new_seed"]
 
 _BY_SEED = {"cpu", "cuda", "xpu"}  # devices with a torch.Generator that draws by itself
 _STEPS = 1 << 16
+_BLOCK = 1 << 18  # numbers of a mask at a time, whose words caches hold
 _ROUNDS = ((16, 0x21F0AAAD), (15, 0xD35A2D97), (15, 0x31848BAB))  # shift, and odd multiplier
 
 
@@ -45,13 +46,15 @@ def draw(
     which all threads compute at once.
     """
     if device.type == "cpu" and seed is not None:
-        count = torch.Size(shape).numel()
-        halves = _words((count + 1) // 2, seed).view(torch.int16)[:count].view(shape)
-        mask = torch.empty(shape, dtype=dtype)
-        return torch.lt(halves, _steps(dropout) - _STEPS // 2, out=mask)
+        mask = torch.empty(torch.Size(shape).numel(), dtype=dtype)
+        seed = _mixed(seed)
+        for number, part in enumerate(mask.split(_BLOCK)):
+            halves = _words((len(part) + 1) // 2, _mixed(seed + number)).view(torch.int16)
+            torch.lt(halves[: len(part)], _steps(dropout) - _STEPS // 2, out=part)
+        return mask.view(shape)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    mask = torch.empty(shape, dtype=torch.bool, device=device)
-    return mask.bernoulli_(_steps(dropout) / _STEPS, generator=generator).to(dtype)
+    mask = torch.empty(shape, dtype=dtype, device=device)
+    return mask.bernoulli_(_steps(dropout) / _STEPS, generator=generator)
 
 
 def gain(dropout: float) -> float:
@@ -99,7 +102,6 @@ def _words(count: int, seed: int) -> Tensor:
     """
     words = torch.arange(count, dtype=torch.int32)
     room = torch.empty_like(words)
-    seed = _mixed(seed)
     keys = (_signed(seed), _signed(seed >> 32), 0)
     for key, (shift, factor) in zip(keys, _ROUNDS, strict=True):
         _fold(words.bitwise_xor_(key), shift, room).mul_(_signed(factor))

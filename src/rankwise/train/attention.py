@@ -16,7 +16,6 @@ _LENGTHS = (32, 64, 128, 256)  # tokens; the matrices of weights that longer row
 _ROWS = 4  # of a batch that is measured
 _ROUNDS = 4
 _WORTH = 0.9  # the products are taken when they need at most so much of the fused kernel's time
-_WAYS = (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
 
 
 def attending(longest: int, length: int) -> contextlib.AbstractContextManager[object]:
@@ -32,8 +31,8 @@ def products_up_to(model: nn.Module, longest: int) -> int:
     """Up to which length attention is faster by products here; 0 where it never is.
 
     torch's fused kernel for a CPU has a slow backward for bfloat16 and float16 on short rows. In
-    float32 it is always faster than the products, so there nothing is measured. The heads are those
-    that the model's config tells of; where it tells none the answer is 0.
+    float32 it is no slower than the products (docs/speed.md), so that nothing is measured there.
+    The heads are those that the model's config tells of; where it tells none the answer is 0.
     """
     dtype = getattr(model, "dtype", torch.float32)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
@@ -50,14 +49,16 @@ def products_up_to(model: nn.Module, longest: int) -> int:
 
 def _faster(length: int, heads: int, width: int, dtype: torch.dtype) -> bool:
     """Whether the products take less time, forward and gradient; the least of some rounds."""
-    shape = _ROWS, heads, length, width
-    q, k, v = (torch.ones(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+    shape = _ROWS, length, heads, width  # as a linear layer gives them
+    q, k, v, dy = (torch.ones(shape, dtype=dtype).transpose(1, 2) for _ in range(4))
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
     mask = torch.ones(_ROWS, 1, length, length, dtype=torch.bool)
     best = [float("inf"), float("inf")]
     for _ in range(_ROUNDS):
-        for i, way in enumerate(_WAYS):
+        for i, longest in enumerate((length, 0)):
             start = time.perf_counter()
-            with sdpa_kernel([way]):
-                F.scaled_dot_product_attention(q, k, v, mask).sum().backward()
+            with attending(longest, length):
+                F.scaled_dot_product_attention(q, k, v, mask).backward(dy)
             best[i] = min(best[i], time.perf_counter() - start)
     return best[0] <= _WORTH * best[1]
