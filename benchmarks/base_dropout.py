@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     asked = parser.parse_args()
     logging.set_verbosity_error()
-    about = surroundings(torch.device("cpu"), "float32", "see the rows")
+    about = surroundings(torch.device("cpu"), "auto", "what fit chose on this machine")
     print(f"{about['hardware']['cpu']}, {about['hardware']['threads']} threads")
     train, held = docstrings(0, asked.rows, HELD)
     sets = {f"docstrings, {asked.rows:,} rows": Data(train, held)}

@@ -31,8 +31,9 @@ def products_up_to(model: nn.Module, longest: int) -> int:
     """Up to which length attention is faster by products here; 0 where it never is.
 
     torch's fused kernel for a CPU has a slow backward for bfloat16 and float16 on short rows. In
-    float32 it is no slower than the products (docs/speed.md), so that nothing is measured there.
-    The heads are those that the model's config tells of; where it tells none the answer is 0.
+    float32 it is slower on the shortest alone, by little of a step (docs/speed.md), so that nothing
+    is measured there. The heads are those that the model's config tells of; where it tells none the
+    answer is 0.
     """
     dtype = getattr(model, "dtype", torch.float32)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
