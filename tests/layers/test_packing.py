@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.kernels import PackedLinear, can_pack
-from rankwise.layers import LoRALinear
+from rankwise.layers import LoRALinear, packing
 
 if not can_pack(torch.zeros(1, 1)):  # pragma: no cover - a build of torch without oneDNN
     pytest.skip("this torch has no oneDNN to pack weights for", allow_module_level=True)
@@ -81,7 +81,8 @@ def test_what_trains_or_is_hooked_is_left_alone() -> None:
     assert rw.optimize_frozen(made, measure=False).packed == ("head",)
 
 
-def test_by_measurement_what_is_slower_stays_plain() -> None:
+def test_by_measurement_what_is_slower_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_SMALL", 0)
     made = model(adapted=False)
     done = rw.optimize_frozen(made, rows=64)
     assert set(done.ratios) == {(16, 16), (3, 16)}
@@ -92,6 +93,10 @@ def test_by_measurement_what_is_slower_stays_plain() -> None:
         n for n, m in made.named_children() if isinstance(vars(m).get("forward"), PackedLinear)
     ]
     assert packed == wanted
+
+
+def test_small_weights_are_not_measured_and_stay_plain() -> None:
+    assert rw.optimize_frozen(model(), rows=64) == rw.Packing((), 0, {})
 
 
 def test_called_again_it_packs_what_was_written_since() -> None:

@@ -16,6 +16,7 @@ from rankwise.layers.fusing import pack, unpack
 __all__ = ["Packing", "optimize_frozen", "restore_frozen"]
 
 _WORTH = 0.95  # a kernel is taken when it needs at most so much of the plain one's time
+_SMALL = 1 << 16  # numbers of a weight, below which nothing is to be gained by packing it
 _ROUNDS = 5
 _DRAWS = 1 << 18  # numbers, about those of a hidden state of a small batch
 
@@ -43,7 +44,7 @@ def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True)
 
     Candidates are torch's plain product and, on a CPU, oneDNN's with a weight that is packed once
     (:class:`rankwise.kernels.PackedLinear`); they are measured here, by some twenty products for
-    each shape that the model has, and the packed ones are taken where they are faster. All frozen
+    each shape of 2¹⁶ numbers or more, and the packed ones are taken where they are faster. Frozen
     nn.Linear and Conv1D take part, adapted or not. Packed kernels sum in another order: outputs
     differ by a few roundings. Packing costs twice the bytes of the weights it is used for.
 
@@ -81,6 +82,9 @@ def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True)
     for name, module in model.named_modules():
         packed = pack(module, rows)
         if packed is None:
+            continue
+        if measure and packed.plain.weight.numel() < _SMALL:
+            unpack(module)
             continue
         shape = (packed.plain.weight.shape[0], packed.plain.weight.shape[1])
         if measure and shape not in ratios:
