@@ -86,6 +86,14 @@ def test_under_torch_func_and_on_other_devices_it_is_torchs() -> None:
     assert made(torch.empty(3, device="meta")).is_meta
 
 
+def test_complex_and_nested_tensors_are_torchs() -> None:
+    made = module()
+    with pytest.raises(NotImplementedError, match="ComplexFloat"):  # torch's own
+        made(torch.ones(9, dtype=torch.complex64))
+    nested = torch.nested.as_nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])
+    assert made(nested).is_nested
+
+
 def test_compiled_it_is_the_operator_that_the_compiler_fuses() -> None:
     made, x = module(), torch.randn(9)
     compiled = torch.compile(made, backend="eager", fullgraph=True)

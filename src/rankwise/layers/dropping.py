@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,8 +15,9 @@ class BySeed:
     """Stands as the ``forward`` of an nn.Dropout: the same distribution, other draws.
 
     A number is dropped with probability p, to 2⁻¹⁶, by :func:`rankwise.kernels.dropped`. torch's
-    own function is called in evaluation mode, on other devices than a CPU, and where no function
-    with a backward of its own may be: in torch.func and while torch.compile traces.
+    own function is called in evaluation mode, on other devices than a CPU, for tensors that are not
+    dense and real, and where no function with a backward of its own may be: in torch.func and while
+    torch.compile traces.
     """
 
     def __init__(self, module: nn.Dropout) -> None:
@@ -24,9 +26,11 @@ class BySeed:
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, used by keyword
         """The input with some numbers zero and the others grown, in training."""
         p, active = self.module.p, self.module.training
-        if not active or not 0.0 < p < 1.0 or input.device.type != "cpu" or not is_eager():
-            return F.dropout(input, p, active)
-        return dropped(input, p)
+        if active and 0.0 < p < 1.0 and input.device.type == "cpu" and is_eager():
+            dense = input.layout is torch.strided and not input.is_nested
+            if dense and input.is_floating_point():
+                return dropped(input, p)
+        return F.dropout(input, p, active)
 
 
 def drop_by_seed(module: nn.Module) -> bool:
