@@ -1,16 +1,18 @@
 """What `make bench` counts and how it compares; times themselves are never asserted."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import gpu
 from benchmarks.bank import APART, SHARED, Bank, programs, rows
 from benchmarks.speed.__main__ import line
 from benchmarks.speed.loss import largest
 from benchmarks.speed.loss import programs as programs_of_loss
 from benchmarks.speed.memory import kept
 from benchmarks.speed.models import LINEAR, batch_of, floor, llama, ours, theirs
-from benchmarks.speed.products import packing, pieces, thin
+from benchmarks.speed.products import masked, packing, pieces, thin
 from benchmarks.speed.timing import alternate, ratio
 from benchmarks.together import Grid
 
@@ -72,6 +74,46 @@ def test_every_round_runs_every_program_once() -> None:
     seconds = alternate({n: lambda n=n: calls.append(n) for n in ("a", "b")}, 4)
     assert [sorted(calls[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
     assert [len(s) for s in seconds.values()] == [4, 4]
+
+
+def test_both_ways_to_add_what_dropout_spares_add_the_same() -> None:
+    torch.manual_seed(0)
+    two, one = masked(24, torch.float64).values()
+    before = two().clone()  # each adds to the same tensor once more
+    after = two().clone()
+    torch.testing.assert_close(one() - after, after - before)
+
+
+TINY = gpu.Shape(width=32, inner=48, layers=2, heads=4, shared_heads=2, words=60)
+
+
+def test_the_rows_of_a_gpu_are_made_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    made = list(gpu.steps("tiny", TINY, 32, [16], 1, "cpu"))
+    made += gpu.compiled("tiny", TINY, 32, [16], 1, "cpu")
+    assert [row["measure"].split(":")[0] for row in made] == [
+        "training step, query and value",
+        "training step, query and value, dropout 0.05",
+        "training step, all linear",
+        "training step, all linear, dropout 0.05",
+        "compiled training step, all linear",
+    ]
+    assert all(line(row).count("|") == 5 for row in made)
+    assert made[-1]["graph breaks"] == 0
+    for row in made:
+        losses = row["losses"]
+        assert losses["ours"] == pytest.approx(losses["peft"], abs=0.02)
+        assert set(row["tokens a second"]) == set(row["TFLOP/s"]) == set(losses)
+    assert list(gpu.memory("tiny", TINY, 32, [16], 1, "cpu")) == []  # a CPU does not tell
+
+
+def test_the_flops_of_a_token_are_those_of_the_shapes() -> None:
+    model = ours(TINY.model("cpu"), LINEAR["llama"]["all linear"], r=2)
+    d, inner, kv = 32, 48, 16
+    pairs = [(d, d), (d, kv), (d, kv), (d, d), (d, inner), (d, inner), (inner, d)]
+    frozen = 2 * sum(a * b for a, b in pairs) + 60 * d
+    trained = 2 * 2 * sum(a + b for a, b in pairs)
+    assert gpu.flops_of(model, 16) == 4 * frozen + 6 * trained + 2 * 6 * 16 * d
 
 
 def test_a_ratio_is_of_rounds_and_has_an_interval() -> None:

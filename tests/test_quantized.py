@@ -1,6 +1,7 @@
 """Frozen quantised layers: base(x) + δ(x) on bitsandbytes and torchao, on the CPU."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise.attaching import updates_of
 from rankwise.errors import UserError
-from rankwise.inits import LoftQ, PiSSA
+from rankwise.inits import EVA, LoftQ, PiSSA
 from rankwise.layers import bare, dense_weight, is_quantized, quantization
 
 bnb = pytest.importorskip("bitsandbytes", reason="the quant extra is not installed")
@@ -222,3 +223,21 @@ def test_under_adapters_no_evaluation_reorders_a_layer_and_gradients_pass_it():
     torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
     rw.detach(net)
     assert all(layer.support_avx512bf16_for_cpu for layer in net.children())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_start_that_runs_the_model_reorders_no_layer(fails: bool):
+    net = four_bit(plain())
+    for layer in net.children():
+        layer.support_avx512bf16_for_cpu = True
+    wanted = [dense_weight(layer) for layer in net.children()]
+    method = rw.LoRA(r=2, target_modules=["first"], head="freeze", init=EVA([{"x": X}]))
+    if fails:
+        broken = replace(method, init=EVA([{"y": X}]))
+        with pytest.raises((UserError, TypeError)):
+            rw.attach(net, broken)
+        assert all(layer.support_avx512bf16_for_cpu for layer in net.children())
+    else:
+        rw.attach(net, method)
+        rw.detach(net)
+    assert all(map(torch.equal, map(dense_weight, net.children()), wanted))

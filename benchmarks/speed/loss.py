@@ -44,10 +44,9 @@ def programs(
     """Forward and backward by our loss and by transformers', and the mean losses of the two."""
     batch = batch_of(ROWS, LENGTH, VOCABULARY, None)
     lengths = batch["attention_mask"].sum(dim=1).tolist()
-    labels = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels = batch["labels"]
     for row, length in enumerate(lengths):
         labels[row, : int(share * length)] = -100
-    batch["labels"] = labels
     encoded = Encoded(batch["input_ids"].tolist(), lengths, list(range(ROWS)), labels.tolist())
     at = torch.tensor(positions(encoded, list(range(ROWS)), LENGTH))
 

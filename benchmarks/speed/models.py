@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -12,7 +13,7 @@ from torch import nn
 
 import rankwise as rw
 
-__all__ = ["LINEAR", "batch_of", "floor", "llama", "minilm", "ours", "theirs"]
+__all__ = ["LINEAR", "batch_of", "floor", "llama", "minilm", "ours", "theirs", "twin"]
 
 LINEAR = {
     "bert": {
@@ -57,19 +58,34 @@ def llama(layers: int, width: int, dtype: torch.dtype, device: str = "cpu") -> n
 def batch_of(
     rows: int, length: int, vocabulary: int, classes: int | None
 ) -> dict[str, torch.Tensor]:
-    """Random tokens with the spread of lengths of short sentences, padded to the longest."""
+    """Random tokens with the spread of lengths of short sentences, padded to the longest.
+
+    Without classes every token is a target, but for the padding.
+    """
     draw = random.Random(0)
     lengths = [length, *(draw.randint(max(3, length // 6), length) for _ in range(rows - 1))]
     made = torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocabulary, (rows, length), generator=made)
     mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
-    labels = ids if classes is None else torch.randint(0, classes, (rows,), generator=made)
+    texts = ids.masked_fill(~mask, -100)
+    labels = texts if classes is None else torch.randint(0, classes, (rows,), generator=made)
     return {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": labels}
 
 
-def ours(base: nn.Module, targets: list[str], r: int = 8, dropout: float = 0.0) -> nn.Module:
+def twin(base: nn.Module) -> nn.Module:
+    """A copy of a model's modules on the same parameters and buffers."""
+    return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+
+
+def ours(
+    base: nn.Module,
+    targets: list[str],
+    r: int = 8,
+    dropout: float = 0.0,
+    like: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+) -> nn.Module:
     """A copy of the base with Rankwise's updates."""
-    model = copy.deepcopy(base).train()
+    model = like(base).train()
     torch.manual_seed(1)
     skip = [n for n, _ in model.named_modules() if n.endswith("pooler.dense")]
     names = {"target_modules": targets, "exclude_modules": skip}
@@ -78,15 +94,20 @@ def ours(base: nn.Module, targets: list[str], r: int = 8, dropout: float = 0.0) 
 
 
 def theirs(
-    base: nn.Module, targets: list[str], r: int = 8, dropout: float = 0.0, **more: Any
+    base: nn.Module,
+    targets: list[str],
+    r: int = 8,
+    dropout: float = 0.0,
+    like: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+    **more: Any,
 ) -> nn.Module:
     """A copy of the base with PEFT's updates, the same numbers in them as in :func:`ours`."""
     pooled = any(n.endswith("pooler.dense") for n, _ in base.named_modules())
     skip = r".*pooler\.dense" if pooled else None
     names = {"target_modules": targets, "exclude_modules": skip}
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, **names)
-    model: Any = peft.get_peft_model(copy.deepcopy(base), config, **more).train()
-    state = {n: p for n, p in ours(base, targets, r).named_parameters() if "lora_" in n}
+    model: Any = peft.get_peft_model(like(base), config, **more).train()
+    state = {n: p for n, p in ours(base, targets, r, like=like).named_parameters() if "lora_" in n}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             part = "lora_A" if "lora_A" in name else "lora_B"
@@ -95,8 +116,10 @@ def theirs(
     return model
 
 
-def floor(base: nn.Module, first: str) -> nn.Module:
+def floor(
+    base: nn.Module, first: str, like: Callable[[nn.Module], nn.Module] = copy.deepcopy
+) -> nn.Module:
     """A copy of the base with nothing that trains; gradients flow down to the module ``first``."""
-    model = copy.deepcopy(base).train()
+    model = like(base).train()
     model.get_submodule(first).register_forward_hook(lambda _m, _a, made: made.requires_grad_())
     return model

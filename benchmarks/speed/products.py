@@ -16,7 +16,7 @@ from rankwise.kernels.packed import PackedLinear, can_pack
 from rankwise.kernels.thin import add_spread, gathered, narrow
 from rankwise.train.attention import attending
 
-__all__ = ["attention", "dropout", "optimizing", "packing", "pieces", "rows", "thin"]
+__all__ = ["attention", "dropout", "masked", "optimizing", "packing", "pieces", "rows", "thin"]
 
 N, R, CALLS = 1088, 8, 20
 _CACHES = 100_000_000  # bytes, more than they hold
@@ -59,6 +59,8 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
             yield _row(
                 "dropout, forward and gradient: torch / by seed", on, dropout(inner, dtype), rounds
             )
+            measure = "dx += s · (Z A) ∘ m, r = 8: two functions / one"
+            yield _row(measure, on, masked(inner, dtype), rounds)
         for length in (34, 128, 256):
             on = f"8 rows of {length} tokens, 12 heads of 32, {name}, {threads} threads"
             measure = "attention, forward and gradient: fused / by products"
@@ -98,6 +100,16 @@ def dropout(inner: int, dtype: torch.dtype) -> Mapping[str, Callable[[], None]]:
     return {
         "torch": lambda: F.dropout(x, 0.1).backward(dy),
         "by seed": lambda: dropped(x, 0.1).backward(dy),
+    }
+
+
+def masked(inner: int, dtype: torch.dtype) -> Mapping[str, Callable[[], Tensor]]:
+    """What a branch with dropout adds to dx (N, in), with and without memory for the product."""
+    z, A, dx = (torch.randn(s, dtype=dtype) for s in ((R, N), (R, inner), (N, inner)))
+    mask = (torch.rand(N, inner) > 0.1).to(dtype)
+    return {
+        "two": lambda: dx.add_((1e-3 * z.T @ A) * mask),
+        "one": lambda: dx.addcmul_(z.T @ A, mask, value=1e-3),
     }
 
 

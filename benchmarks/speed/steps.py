@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from benchmarks.speed.models import LINEAR, batch_of, floor, llama, minilm, ours, theirs
 from benchmarks.speed.timing import alternate, ratio
-from torch import nn
+from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.data.language import IGNORED
 from rankwise.train.attention import attending, products_up_to
 from rankwise.train.frozen import train_mode
+from rankwise.train.language import POSITIONS, summed_loss
 
-__all__ = ["rows", "step_of"]
+__all__ = ["loss_of_targets", "rows", "step_of"]
 
 LOSSES = 30  # steps over which the losses are compared
 
@@ -60,7 +62,8 @@ def _row(
     products = products_up_to(faster["as fit"], length)
     contenders |= faster
     steps = {name: step_of(m, batch) for name, m in contenders.items()}
-    steps["as fit"] = _attending(products, length, steps["as fit"])
+    loss = loss_of_targets(faster["as fit"], batch) if kind == "llama" else None
+    steps["as fit"] = _attending(products, length, step_of(faster["as fit"], batch, loss))
     seconds = alternate(steps, rounds)
     dropped = f", dropout {dropout:g}" if dropout else ""
     found = {
@@ -87,17 +90,25 @@ def _attending(products: int, length: int, step: Callable[[], float]) -> Callabl
     return run
 
 
+def loss_of_targets(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], Tensor]:
+    """The loss of a language model as `fit` computes it, which knows where the targets are."""
+    at = (batch["labels"][:, 1:].flatten() != IGNORED).nonzero()[:, 0]
+    return lambda: summed_loss(model, {**batch, POSITIONS: at}) / len(at)
+
+
 def _numbers(name: str, made: Any) -> dict[str, list[float]]:
     return {name: [made.value, made.low, made.high]}
 
 
-def step_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
-    """One step as a function; it gives the loss."""
+def step_of(
+    model: nn.Module, batch: dict[str, torch.Tensor], loss_of: Callable[[], Tensor] | None = None
+) -> Callable[[], float]:
+    """One step as a function, by the model's own loss or another; it gives the loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True) if trained else None
 
     def step() -> float:
-        loss: torch.Tensor = model(**batch).loss
+        loss: Tensor = model(**batch).loss if loss_of is None else loss_of()
         loss.backward()
         if optimizer is not None:
             optimizer.step()

@@ -1,9 +1,12 @@
 """Dropout of a branch by its seed: the mask's gradients, and nothing kept."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.kernels import BatchRows, Branch, PlainLinear, adapted_linear, dropout
@@ -100,6 +103,13 @@ def test_the_probability_is_that_of_dropout_and_the_gain_keeps_the_mean(p: float
     assert p < 0.01 or not torch.equal(mask, dropout.draw((3000, 201), CPU, p, 8))
 
 
+@pytest.fixture(params=["hashed", "drawn"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few thousand numbers, by the way of large masks and by that of small ones."""
+    monkeypatch.setattr(dropout, "_FEW", 0 if request.param == "hashed" else 10**5)
+
+
+@pytest.mark.usefixtures("small")
 def test_neither_near_seeds_nor_near_places_have_anything_in_common():
     masks = torch.stack([dropout.draw((3000,), CPU, 0.5, seed) for seed in range(60)]).double()
     apart = masks - 0.5
@@ -115,11 +125,29 @@ def test_a_mask_that_is_drawn_in_parts_has_no_part_twice(
     block: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dropout, "_BLOCK", block)
+    monkeypatch.setattr(dropout, "_FEW", 0)
     mask = dropout.draw((3001,), CPU, 0.5, 7, torch.float64)
     assert abs(mask.mean() - 0.5) < 5 * 0.5 / 3001**0.5
     apart = 2 * mask - 1
     for lag in (1, block, 2 * block):
         assert abs((apart[lag:] * apart[:-lag]).mean()) < 5 / (3001 - lag) ** 0.5, lag
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float64])
+def test_a_mask_is_the_same_in_every_format(dtype: torch.dtype):
+    mask = dropout.draw((11, 7), CPU, P, 5, dtype)
+    assert mask.dtype is dtype
+    assert torch.equal(mask.double(), dropout.draw((77,), CPU, P, 5, torch.float32).view(11, 7))
+
+
+def test_gradients_may_be_taken_for_several_at_once():
+    frozen, x, one = layer(), tensor(6, 7), branch()
+    y = adapted_linear(frozen, x, [one]).sum(1)
+    (found,) = torch.autograd.grad(y, x, torch.eye(6).double(), is_grads_batched=True,
+                                   retain_graph=True)  # fmt: skip
+    each = [torch.autograd.grad(y[i], x, retain_graph=True)[0] for i in range(6)]
+    torch.testing.assert_close(found, torch.stack(each))
 
 
 def test_there_are_masks_of_nothing():
@@ -157,6 +185,19 @@ def test_a_rehearsal_without_data_keeps_no_mask_either():
     assert x.grad is not None
     assert kept
     assert all(t.dtype is not torch.bool for t in kept)
+
+
+def test_a_rehearsal_costs_no_more_than_a_mask_of_torchs():
+    calls: list[object] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Count():
+        assert dropout.draw((2**14, 2**10), CPU, P, 5).shape == (2**14, 2**10)
+    assert len(calls) <= 3
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

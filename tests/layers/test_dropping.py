@@ -9,10 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankwise as rw
-from rankwise.layers import packing
+from rankwise.layers import dropping
 from rankwise.layers.dropping import BySeed, drop_as_torch, drop_by_seed
 
 P = 0.375  # a whole number of steps of 1 / 65536
+
+
+@pytest.fixture(autouse=True)
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a few numbers are enough to draw by seed."""
+    monkeypatch.setattr(dropping, "_FEW", 0)
 
 
 def module(**options: bool) -> nn.Dropout:
@@ -135,21 +141,34 @@ def test_optimize_frozen_takes_it_and_restore_frozen_gives_it_back() -> None:
     assert torch.equal(model[0](x), of_torch(x))
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_by_measurement_it_is_taken_where_it_is_faster(
-    faster: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_drops_nothing_and_other_devices_are_left_alone() -> None:
+    assert rw.optimize_frozen(nn.Sequential(nn.Dropout(0.0))).dropouts == ()
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(P)).requires_grad_(False)
+    assert rw.optimize_frozen(model).dropouts == ()
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_few_numbers_and_tensors_of_another_class_are_dropped_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packing, "_draws_faster", lambda: faster)
-    model = nn.Sequential(nn.Dropout(P), nn.ReLU())
-    assert rw.optimize_frozen(model).dropouts == (("0",) if faster else ())
-    assert isinstance(vars(model[0]).get("forward"), BySeed) is faster
+    class Own(Tensor):
+        pass
+
+    monkeypatch.setattr(dropping, "_FEW", 12)
+    made = module()
+    for x in (torch.randn(12), torch.randn(13).as_subclass(Own)):
+        torch.manual_seed(3)
+        assert torch.equal(made(x), of_torch(x))
+    torch.manual_seed(3)
+    assert not torch.equal(made(x.as_subclass(Tensor)), of_torch(x).as_subclass(Tensor))
 
 
-def test_the_measurement_leaves_the_generator_as_it_was() -> None:
-    torch.manual_seed(4)
-    before = torch.get_rng_state()
-    rw.optimize_frozen(nn.Sequential(nn.Dropout(P)))
-    assert torch.equal(torch.get_rng_state(), before)
+def test_gradients_may_be_taken_for_several_at_once() -> None:
+    x = torch.ones(40, requires_grad=True)
+    y = module()(x)
+    (found,) = torch.autograd.grad(y, x, torch.eye(40)[:3], is_grads_batched=True)
+    assert torch.equal(found, torch.diag(y)[:3])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -82,7 +82,7 @@ def test_what_trains_or_is_hooked_is_left_alone() -> None:
 
 
 def test_by_measurement_what_is_slower_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_SMALL", 0)
+    monkeypatch.setattr(packing, "_LEAST", 0)
     made = model(adapted=False)
     done = rw.optimize_frozen(made, rows=64)
     assert set(done.ratios) == {(16, 16), (3, 16)}

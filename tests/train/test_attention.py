@@ -21,11 +21,12 @@ def model(dtype: torch.dtype, **config: object) -> nn.Module:
     return made
 
 
-HEADS = {"num_attention_heads": 2, "hidden_size": 16}
+HEADS = {"num_attention_heads": 2, "hidden_size": 16, "_attn_implementation": "sdpa"}
 
 
 @pytest.mark.parametrize(
-    ("last", "longest", "found"), [(256, 300, 256), (64, 300, 64), (256, 40, 64), (0, 300, 0)]
+    ("last", "longest", "found"),
+    [(256, 300, 256), (64, 300, 64), (256, 40, 64), (256, 8, 32), (0, 300, 0)],
 )
 def test_it_is_the_longest_up_to_which_products_are_faster(
     last: int, longest: int, found: int, monkeypatch: pytest.MonkeyPatch
@@ -38,27 +39,47 @@ def test_it_is_the_longest_up_to_which_products_are_faster(
 
     monkeypatch.setattr(attention, "_faster", faster)
     assert products_up_to(model(torch.bfloat16, **HEADS), longest) == found
-    assert set(asked) == {(2, 8, torch.bfloat16)}
+    assert set(asked) == {(2, 8, torch.bfloat16, True)}
+
+
+def test_where_only_the_head_trains_forward_alone_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(attention, "_faster", lambda *asks: asked.append(asks[-1]))
+    made = model(torch.bfloat16, **HEADS)
+    made.base_model = nn.Linear(2, 2).requires_grad_(False)
+    products_up_to(made, 30)
+    made.base_model.bias.requires_grad_()
+    products_up_to(made, 30)
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize(
     "other",
-    [model(torch.float32, **HEADS), model(torch.bfloat16, hidden_size=16), nn.Linear(2, 2)],
+    [
+        model(torch.float32, **HEADS),
+        model(torch.bfloat16, hidden_size=16, _attn_implementation="sdpa"),
+        model(torch.bfloat16, **{**HEADS, "_attn_implementation": "eager"}),
+        nn.Linear(2, 2),
+    ],
 )
-def test_in_float32_or_without_known_heads_nothing_is_measured(
+def test_in_float32_or_without_known_heads_or_the_function_nothing_is_measured(
     other: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(attention, "_faster")
     assert products_up_to(other, 30) == 0
 
 
-def test_the_measurement_runs_both_ways_and_draws_nothing() -> None:
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_measurement_runs_both_ways_and_draws_nothing(trains: bool) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     with torch.profiler.profile() as profile:
-        assert attention._faster(8, 2, 8, torch.bfloat16) in (True, False)
+        assert attention._faster(8, 2, 8, torch.bfloat16, trains) in (True, False)
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["aten::_scaled_dot_product_attention_math"] == attention._ROUNDS
+    assert any("backward" in name.lower() for name in calls) is trains
     assert torch.equal(torch.get_rng_state(), before)
 
 

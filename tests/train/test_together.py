@@ -179,6 +179,28 @@ def test_runs_that_are_stopped_go_on(
         assert losses(Path(ours.out)) == pytest.approx(losses(Path(alone.out)), rel=1e-4)
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_runs_that_go_on_keep_the_kernels_they_had(
+    options: Options, rows: Path, tmp_path: Path, alike: bool
+) -> None:
+    runs = grid(options, tmp_path, rows, epochs=2)
+    with pytest.raises(Interrupted):
+        fit_together(runs, nothing, reporter=Stopping(2, signal.SIGINT))
+    manifests = [Path(config.out) / "manifest.json" for config in runs]
+    for path in manifests if alike else manifests[:1]:
+        told = json.loads(path.read_text())
+        told["hardware"]["attention_by_products"] = 32  # of a float32 model it is 0
+        path.write_text(json.dumps(told))
+    going_on = [config.out for config in runs]
+    if not alike:
+        with pytest.raises(Apart, match="different kernels"):
+            fit_together(runs, nothing, resume=going_on)
+        return
+    fit_together(runs, nothing, resume=going_on)
+    for path in manifests:
+        assert json.loads(path.read_text())["hardware"]["attention_by_products"] == 32
+
+
 @contextmanager
 def room_for(most: int) -> Iterator[list[int]]:
     """Let training passes of more rows run out of memory; the sizes of the others are noted."""

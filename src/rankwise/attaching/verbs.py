@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 from torch import nn
 
@@ -32,6 +33,7 @@ from rankwise.layers import (
     drop_updates,
     keep_order,
     released,
+    reorder,
 )
 from rankwise.targets import Site
 
@@ -67,21 +69,22 @@ def attach(model: nn.Module, method: Method, *, name: str = DEFAULT) -> Attachme
     """
     book = book_of(model)
     _refuse(model, name, book)
-    plan = method.plan(model)
-    if book is not None and plan.trained:
-        raise UserError(
-            f"{type(plan.method).__name__} trains the base itself, and this model carries "
-            "adapters. Detach them first (rankwise.detach)."
-        )
-    _refuse_overlap(plan, book)
-    switch = Switch(name)
-    layers, made = _made(plan, switch)
-    copies = {
-        place.site.name: place.build(_original(book, place.site)).requires_grad_(True)
-        for place in plan.placements
-    }
+    with _keeping_order(model, book) as ordered:
+        plan = method.plan(model)
+        if book is not None and plan.trained:
+            raise UserError(
+                f"{type(plan.method).__name__} trains the base itself, and this model carries "
+                "adapters. Detach them first (rankwise.detach)."
+            )
+        _refuse_overlap(plan, book)
+        switch = Switch(name)
+        layers, made = _made(plan, switch)
+        copies = {
+            place.site.name: place.build(_original(book, place.site)).requires_grad_(True)
+            for place in plan.placements
+        }
     if book is None:
-        book = Book(_trainable(model), keep_order(model))
+        book = Book(_trainable(model), ordered)
         model.requires_grad_(False)
         note_book(model, book)
     batchwide = tuple(_batchwide(plan, layers))
@@ -103,6 +106,21 @@ def attach(model: nn.Module, method: Method, *, name: str = DEFAULT) -> Attachme
     book.attachments[name] = record
     hang_copies(model, book)
     return record
+
+
+@contextlib.contextmanager
+def _keeping_order(model: nn.Module, book: Book | None) -> Generator[tuple[nn.Module, ...]]:
+    """The 4-bit layers of a model without adapters that reorder their numbers, and now do not.
+
+    A plan may run the model in evaluation mode, as starts that look at data do. Where it fails they
+    are let go.
+    """
+    ordered = keep_order(model) if book is None else ()
+    try:
+        yield ordered
+    except BaseException:
+        reorder(ordered)
+        raise
 
 
 def _refuse_overlap(plan: Plan, book: Book | None) -> None:

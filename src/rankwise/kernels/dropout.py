@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ __all__ = ["draw", "dropped", "gain", "new_seed"]
 _BY_SEED = {"cpu", "cuda", "xpu"}  # devices with a torch.Generator that draws by itself
 _STEPS = 1 << 16
 _BLOCK = 1 << 18  # numbers of a mask at a time, whose words caches hold
+_FEW = 1 << 14  # numbers of a mask for which Python's generator is faster than the calls of a hash
 _ROUNDS = ((16, 0x21F0AAAD), (15, 0xD35A2D97), (15, 0x31848BAB))  # shift, and odd multiplier
 
 
@@ -41,20 +43,25 @@ def draw(
     """Which numbers of (N, in) stay: each with probability 1 − p, to 2⁻¹⁶, as ones and zeros.
 
     With a seed it is the same mask each time, for any number of threads; without, torch's own
-    generator draws it. On a CPU ``bernoulli_`` takes as long as a product with a small weight: a
-    mask is made there of 16 bits for each number, of the numbers' places hashed with the seed,
-    which all threads compute at once.
+    generator draws it. On a CPU that takes as long as a product with a small weight: a mask is made
+    there of 16 bits for each number, which Python's generator draws where they are few, and which
+    otherwise are the numbers' places hashed with the seed, by all threads at once.
     """
-    if device.type == "cpu" and seed is not None:
-        mask = torch.empty(torch.Size(shape).numel(), dtype=dtype)
-        seed = _mixed(seed)
-        for number, part in enumerate(mask.split(_BLOCK)):
-            halves = _words((len(part) + 1) // 2, _mixed(seed + number)).view(torch.int16)
-            torch.lt(halves[: len(part)], _steps(dropout) - _STEPS // 2, out=part)
-        return mask.view(shape)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     mask = torch.empty(shape, dtype=dtype, device=device)
-    return mask.bernoulli_(_steps(dropout) / _STEPS, generator=generator)
+    if device.type != "cpu" or seed is None or type(mask) is not Tensor:  # which has no numbers
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        return mask.bernoulli_(_steps(dropout) / _STEPS, generator=generator)
+    bound, flat = _steps(dropout) - _STEPS // 2, mask.view(-1)
+    if len(flat) <= _FEW:
+        drawn = bytearray(random.Random(seed).randbytes(2 * len(flat)))
+        if drawn:
+            torch.lt(torch.frombuffer(drawn, dtype=torch.int16), bound, out=flat)
+        return mask
+    seed = _mixed(seed)
+    for number, part in enumerate(flat.split(_BLOCK)):
+        halves = _words((len(part) + 1) // 2, _mixed(seed + number)).view(torch.int16)
+        torch.lt(halves[: len(part)], bound, out=part)
+    return mask
 
 
 def gain(dropout: float) -> float:

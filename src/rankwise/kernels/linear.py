@@ -76,32 +76,29 @@ class Branch(NamedTuple):
         """The rows that this acts on, of t (N, ...)."""
         return t if self.rows is None else self.rows.pick(t)
 
-    def gained(self, thin: Tensor) -> Tensor:
-        """P or Z, thin, with the gain of dropout, which is cheaper there than on x or dx."""
-        return thin * gain(self.dropout) if self.dropout > 0.0 else thin
+    @property
+    def factor(self) -> float:
+        """s, times the gain of dropout, which costs nothing there."""
+        return self.scale * gain(self.dropout) if self.dropout > 0.0 else self.scale
 
-    def add(self, t: Tensor, change: Tensor) -> None:
-        """Add a change to the rows of t (N, ...) that this acts on, in place."""
-        if self.rows is None:
-            t.add_(change)
+    def add_spread(self, t: Tensor, thin: Tensor, M: Tensor, mask: Tensor | None = None) -> None:
+        """Add factor · thinᵀ M, where a mask spares it, to the rows of t (N, ...), in place."""
+        if self.rows is not None and self.rows.run is None:
+            change = self.factor * spread(thin, M)
+            self.rows.add_(t, change if mask is None else change * mask)
+        elif mask is not None:
+            self.taken(t).addcmul_(spread(thin, M), mask, value=self.factor)
         else:
-            self.rows.add_(t, change)
-
-    def add_spread(self, t: Tensor, thin: Tensor, M: Tensor, scale: float = 1.0) -> None:
-        """Add scale · thinᵀ M to the rows of t (N, ...) that this acts on, in place."""
-        if self.rows is None or self.rows.run is not None:
-            add_spread(self.taken(t), thin, M, scale)
-        else:
-            self.rows.add_(t, scale * spread(thin, M))
+            add_spread(self.taken(t), thin, M, self.factor)
 
 
 def adapted_linear(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> Tensor:
     """y = frozen(x) + Σ s · D(x) Aᵀ Bᵀ, the same as the plain formula in :mod:`.formula`.
 
     Shapes: x (..., in), A (r, in), B (out, r), y (..., out). Backward, with P = D(x) Aᵀ and
-    Z = s · dy B (docs/math.md (6)):
+    Z = dy B (docs/math.md (6)), where D leaves the gain of dropout to s:
 
-        dA = Zᵀ D(x)        dB = s · dyᵀ P        dx = dy W + Σ D'(Z A)
+        dA = s · Zᵀ D(x)        dB = s · dyᵀ P        dx = dy W + Σ s · D(Z A)
 
     Kept for backward: x, which layers that read the same x share, P (N·r), and of dropout a seed;
     where no A trains not even x. Nothing is kept in a wider dtype. Of an x that can be made again
@@ -190,12 +187,14 @@ def _sum(frozen: Frozen, x: Tensor, branches: Sequence[Branch]) -> tuple[Tensor,
         mask, seed, inputs = None, None, branch.taken(rows)
         if branch.dropout > 0.0:
             seed = new_seed(x.device)
-            small = torch.bool if seed is None else x.dtype  # a product with bools is slow
-            mask = draw(inputs.shape, x.device, branch.dropout, seed, small)
-            inputs = inputs * mask
-        down = branch.gained(narrow(branch.A.to(x.dtype), inputs))
-        branch.add_spread(branch.part(sums), down, branch.B.to(x.dtype).T, branch.scale)
-        made.append(_Kept(down, mask if seed is None else None, seed))
+            if seed is None:
+                mask = draw(inputs.shape, x.device, branch.dropout, seed)
+                inputs = inputs * mask
+            else:  # numbers, as a product with bools is slow
+                inputs = draw(inputs.shape, x.device, branch.dropout, seed, x.dtype).mul_(inputs)
+        down = narrow(branch.A.to(x.dtype), inputs)
+        branch.add_spread(branch.part(sums), down, branch.B.to(x.dtype).T)
+        made.append(_Kept(down, mask, seed))
     return y, made
 
 
@@ -252,34 +251,30 @@ class _AdaptedLinear(torch.autograd.Function):
         dx = ctx.frozen.backward(dy) if need_x else None
         found: list[Tensor | None] = []
         for i, branch in enumerate(branches):
-            down, mask = saved[2 * i : 2 * i + 2]
+            (down, mask), seed = saved[2 * i : 2 * i + 2], ctx.seeds[i]
             A, B = saved[2 * len(branches) + 2 * i :][:2]
             part = branch.taken(branch.part(dy))
-            mask = _mask(branch, mask, ctx.seeds[i], part)
-            up = None
-            if need_x or train_A[i]:
-                up = branch.gained(branch.scale * narrow(B.to(dy.dtype).T, part))
+            mask = _mask(branch, mask, seed, part)
+            up = narrow(B.to(dy.dtype).T, part) if need_x or train_A[i] else None
             if up is not None and dx is not None:
-                if mask is None:
-                    branch.add_spread(dx, up, A.to(dy.dtype))
-                else:
-                    branch.add(dx, spread(up, A.to(dy.dtype)) * mask)
+                branch.add_spread(dx, up, A.to(dy.dtype), mask)
             dA = dB = None
-            twice = torch.is_grad_enabled() and train_B[i]  # P is then a function of x and A again
+            twice = torch.is_grad_enabled()
+            again = twice and train_B[i]  # P is then a function of x and A
             inputs = None
-            if rows is not None and (train_A[i] or twice):
-                inputs = branch.taken(rows)
-                inputs = inputs if mask is None else inputs * mask
+            if rows is not None and (train_A[i] or again):
+                inputs = _spared(branch.taken(rows), mask, ours=not twice and seed is not None)
             if train_A[i]:
                 assert inputs is not None
                 assert up is not None
-                dA = gathered(up, inputs).to(A.dtype)
-            if twice:
+                dA = (branch.factor * gathered(up, inputs)).to(A.dtype)
+            if again:
                 if inputs is None:
                     raise RankwiseError(_NO_INPUT)
-                down = branch.gained(narrow(A.to(inputs.dtype), inputs))
+                down = narrow(A.to(inputs.dtype), inputs)
             if train_B[i]:
-                dB = (branch.scale * gathered(down, part)).T.to(B.dtype)
+                turned = branch.factor * gathered(down, part)
+                dB = turned.T.to(B.dtype, memory_format=torch.contiguous_format)
             found += [dA, dB]
         if dx is not None:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
@@ -298,6 +293,13 @@ def _mask(branch: Branch, kept: Tensor | None, seed: int | None, dy: Tensor) -> 
         return kept
     shape = dy.shape[0], branch.A.shape[1]
     return draw(shape, dy.device, branch.dropout, seed, dy.dtype)
+
+
+def _spared(inputs: Tensor, mask: Tensor | None, *, ours: bool) -> Tensor:
+    """The inputs that dropout spares; a mask that is ours alone is written over."""
+    if mask is None:
+        return inputs
+    return mask.mul_(inputs) if ours else inputs * mask
 
 
 def _made_again(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from rankwise.layers.bottleneck import Activation, Network, network
 from rankwise.layers.build import adapt, bare, drop_updates, low_rank, offset, token_rows, wrap
-from rankwise.layers.dropping import drop_by_seed
+from rankwise.layers.dropping import all_by_seed
 from rankwise.layers.frozen import (
     dense_weight,
     is_quantized,
@@ -76,9 +76,9 @@ __all__ = [
     "Trunk",
     "Update",
     "adapt",
+    "all_by_seed",
     "bare",
     "dense_weight",
-    "drop_by_seed",
     "drop_updates",
     "has_bias",
     "is_conv1d",

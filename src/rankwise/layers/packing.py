@@ -9,16 +9,15 @@ import torch
 from torch import nn
 
 from rankwise.errors import UserError
-from rankwise.kernels import PackedLinear, dropped
-from rankwise.layers.dropping import drop_as_torch, drop_by_seed
+from rankwise.kernels import PackedLinear
+from rankwise.layers.dropping import all_by_seed, drop_as_torch
 from rankwise.layers.fusing import pack, unpack
 
 __all__ = ["Packing", "optimize_frozen", "restore_frozen"]
 
 _WORTH = 0.95  # a kernel is taken when it needs at most so much of the plain one's time
-_SMALL = 1 << 16  # numbers of a weight, below which nothing is to be gained by packing it
+_LEAST = 1 << 16  # numbers of a weight that is packed: for fewer there is nothing to gain
 _ROUNDS = 5
-_DRAWS = 1 << 18  # numbers, about those of a hidden state of a small batch
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,11 @@ def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True)
     nn.Linear and Conv1D take part, adapted or not. Packed kernels sum in another order: outputs
     differ by a few roundings. Packing costs twice the bytes of the weights it is used for.
 
-    The dropout of the base takes a good part of a step where torch draws one number after the
-    other, as it does on processors that are not Intel's. Where it is measured to be faster, modules
-    of class nn.Dropout draw by seed instead: with the same probability, to 2⁻¹⁶, and other draws,
-    which still follow from torch.manual_seed; backward draws again, so that no mask is kept. They
-    do so on a CPU alone.
+    The dropout of a model takes a good part of a step where torch draws one number after the
+    other, as it does on processors that are not Intel's. On a CPU modules of class nn.Dropout draw
+    by seed from now on: with the same probability, to 2⁻¹⁶, and other draws, which still follow
+    from torch.manual_seed; backward draws again, so that no mask is kept. Nothing is measured
+    for this, so that what a seed gives does not hang on a clock.
 
     Parameters, state dict, classes and adapters stay as they are, and a weight that is written or
     begins to train later is computed plainly from then on; but a write into ``weight.data`` goes
@@ -72,18 +71,15 @@ def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True)
         raise UserError(f"optimize_frozen: rows must be 1 or more, got {rows}.")
     restore_frozen(model)
     ratios: dict[tuple[int, int], float] = {}
-    dropouts = [name for name, module in model.named_modules() if drop_by_seed(module)]
-    if measure and dropouts and not _draws_faster():
-        for name in dropouts:
-            drop_as_torch(model.get_submodule(name))
-        dropouts = []
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    dropouts = all_by_seed(model) if on_cpu else ()
     chosen: list[str] = []
     size = 0
     for name, module in model.named_modules():
         packed = pack(module, rows)
         if packed is None:
             continue
-        if measure and packed.plain.weight.numel() < _SMALL:
+        if measure and packed.plain.weight.numel() < _LEAST:
             unpack(module)
             continue
         shape = (packed.plain.weight.shape[0], packed.plain.weight.shape[1])
@@ -94,7 +90,7 @@ def optimize_frozen(model: nn.Module, rows: int = 1024, *, measure: bool = True)
             continue
         chosen.append(name)
         size += packed.nbytes
-    return Packing(tuple(chosen), size, ratios, tuple(dropouts))
+    return Packing(tuple(chosen), size, ratios, dropouts)
 
 
 def restore_frozen(model: nn.Module) -> int:
@@ -103,19 +99,6 @@ def restore_frozen(model: nn.Module) -> int:
     Those that a merge keeps aside are not in the model: unmerge it first.
     """
     return sum(unpack(module) or drop_as_torch(module) for module in model.modules())
-
-
-def _draws_faster() -> bool:
-    """Whether dropout by seed takes less time here than torch's, forward and gradient."""
-    x = torch.ones(_DRAWS, requires_grad=True)
-    best = [float("inf"), float("inf")]
-    with torch.random.fork_rng(devices=[]):
-        for _ in range(_ROUNDS):
-            for i, program in enumerate((dropped, nn.functional.dropout)):
-                start = time.perf_counter()
-                program(x, 0.1).backward(x.detach())
-                best[i] = min(best[i], time.perf_counter() - start)
-    return best[0] <= _WORTH * best[1]
 
 
 def _ratio(packed: PackedLinear, rows: int) -> float:

@@ -22,7 +22,7 @@ def attending(longest: int, length: int) -> contextlib.AbstractContextManager[ob
     """For a forward and backward pass of rows of this length: by products if it is no longer.
 
     Only functional.scaled_dot_product_attention looks at it; gradient checkpointing calls that in
-    backward, too.
+    backward, too. It holds for the whole process: passes in other threads are computed so as well.
     """
     return sdpa_kernel([SDPBackend.MATH]) if length <= longest else contextlib.nullcontext()
 
@@ -32,34 +32,39 @@ def products_up_to(model: nn.Module, longest: int) -> int:
 
     torch's fused kernel for a CPU has a slow backward for bfloat16 and float16 on short rows. In
     float32 it is slower on the shortest alone, by little of a step (docs/speed.md), so that nothing
-    is measured there. The heads are those that the model's config tells of; where it tells none the
-    answer is 0.
+    is measured there. The gradient is timed with it where something trains below the head. The
+    heads are those that the model's config tells of; where it tells none, or of another function
+    for attention, the answer is 0.
     """
-    dtype = getattr(model, "dtype", torch.float32)
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
-    if dtype.itemsize != 2 or not isinstance(heads, int) or not isinstance(width, int):
+    dtype, config = getattr(model, "dtype", torch.float32), getattr(model, "config", None)
+    heads, width = (getattr(config, n, None) for n in ("num_attention_heads", "hidden_size"))
+    fused = getattr(config, "_attn_implementation", None) == "sdpa"
+    if not fused or dtype.itemsize != 2 or not isinstance(heads, int) or not isinstance(width, int):
         return 0
+    body = getattr(model, "base_model", model)
+    trains = any(p.requires_grad for p in body.parameters())
     found = 0
     for length in _LENGTHS:
-        if length >= 2 * longest or not _faster(length, heads, width // heads, dtype):
+        if found >= longest or not _faster(length, heads, width // heads, dtype, trains):
             break
         found = length
     return found
 
 
-def _faster(length: int, heads: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether the products take less time, forward and gradient; the least of some rounds."""
+def _faster(length: int, heads: int, width: int, dtype: torch.dtype, trains: bool) -> bool:
+    """Whether the products take less time, where it trains with the gradient; of some rounds."""
     shape = _ROWS, length, heads, width  # as a linear layer gives them
     q, k, v, dy = (torch.ones(shape, dtype=dtype).transpose(1, 2) for _ in range(4))
     for tensor in (q, k, v):
-        tensor.requires_grad_()
+        tensor.requires_grad_(trains)
     mask = torch.ones(_ROWS, 1, length, length, dtype=torch.bool)
     best = [float("inf"), float("inf")]
     for _ in range(_ROUNDS):
         for i, longest in enumerate((length, 0)):
             start = time.perf_counter()
             with attending(longest, length):
-                F.scaled_dot_product_attention(q, k, v, mask).backward(dy)
+                made = F.scaled_dot_product_attention(q, k, v, mask)
+                if trains:
+                    made.backward(dy)
             best[i] = min(best[i], time.perf_counter() - start)
     return best[0] <= _WORTH * best[1]

@@ -43,6 +43,7 @@ class Bank:
         config: of any of the runs, as far as it is that of all.
         rows: the training rows.
         watcher: told what is done.
+        before: the manifest of a run that goes on, whose kernels are taken.
 
     Attributes:
         kernels: those that the base is computed by.
@@ -58,6 +59,7 @@ class Bank:
         config: FitConfig,
         rows: Rows,
         watcher: Reporter,
+        before: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.rows, self.watcher = base, rows, watcher
         self.most = len(models)  # that share a pass
@@ -72,7 +74,7 @@ class Bank:
         self.kernels = Kernels()
         if config.pack == "auto":
             size = config.batch_size * len(models)
-            self.kernels = choose_kernels(base, rows.encoded.lengths, size, None, watcher)
+            self.kernels = choose_kernels(base, rows.encoded.lengths, size, before, watcher)
 
     def _try(self) -> None:
         """Take a step's forward pass with the shortest and the longest row of each run.

@@ -250,8 +250,8 @@ class FitConfig(BaseModel):
     pack: Literal["auto", "no"] = _option(
         "auto",
         "auto measures which kernels are faster on this CPU and takes those: frozen weights packed "
-        "once, which takes twice their memory, dropout drawn by seed, and in 16 bits attention "
-        "of short rows by plain products. no takes those of torch.",
+        "once, which takes twice their memory, and in 16 bits attention of short rows by plain "
+        "products; the base's dropout is drawn by seed. no leaves the base to torch's.",
         TRAINING,
     )
     seed: int = _option(0, "Seed of everything random.", TRAINING, ge=0, lt=2**32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from rankwise.attaching import attachments
 from rankwise.layers import (
     Update,
-    drop_by_seed,
+    all_by_seed,
     optimize_frozen,
     pack,
     recompute_activations,
@@ -29,13 +29,22 @@ class Kernels:
 
     Attributes:
         packed: names of the frozen layers whose weight is packed.
-        seeded_dropout: whether the dropout of the base is drawn by seed.
+        seeded_dropout: whether modules of the base draw their dropout by seed, where it acts.
         attention_by_products: up to which length in tokens attention is computed by plain products.
     """
 
     packed: tuple[str, ...] = ()
     seeded_dropout: bool = False
     attention_by_products: int = 0
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Kernels:
+        """Those that a manifest tells of."""
+        hardware = manifest["hardware"]
+        names = {field.name for field in fields(cls)}
+        told: dict[str, Any] = {name: hardware[name] for name in names & hardware.keys()}
+        told["packed"] = tuple(told.get("packed", ()))
+        return cls(**told)
 
     def record(self) -> dict[str, Any]:
         """What a manifest says of them."""
@@ -79,7 +88,7 @@ def choose_kernels(
     """
     rows = max(1, round(batch_size * sum(lengths) / max(1, len(lengths))))
     if before is not None:
-        return _as_before(model, rows, before["hardware"])
+        return _as_before(model, rows, Kernels.of(before))
     if next(model.parameters()).device != torch.device("cpu"):
         return Kernels()
     done = optimize_frozen(model, rows)
@@ -98,17 +107,11 @@ def choose_kernels(
     return Kernels(done.packed, bool(done.dropouts), longest)
 
 
-def _as_before(model: nn.Module, rows: int, hardware: Mapping[str, Any]) -> Kernels:
-    chosen = Kernels(
-        tuple(hardware.get("packed", ())),
-        hardware.get("seeded_dropout", False),
-        hardware.get("attention_by_products", 0),
-    )
+def _as_before(model: nn.Module, rows: int, chosen: Kernels) -> Kernels:
     for name in chosen.packed:
         pack(model.get_submodule(name), rows)
     if chosen.seeded_dropout:
-        for module in model.modules():
-            drop_by_seed(module)
+        all_by_seed(model)
     return chosen
 
 

@@ -19,6 +19,7 @@ from rankwise.errors import RankwiseError, UserError
 from rankwise.train import checkpoint
 from rankwise.train.bank import Apart, Bank, tree
 from rankwise.train.config import FitConfig
+from rankwise.train.frozen import Kernels
 from rankwise.train.loop import Diverged, Loop
 from rankwise.train.precision import cast_frozen
 from rankwise.train.reporter import Reporter, Silent
@@ -130,10 +131,13 @@ def _models(
     All are attached to the base as it was loaded before any of them casts or moves its tensors.
     """
     device, base = common.device, common.base
-    before = [earlier(Path(c.out), c.out in resume, device) for c in configs.values()]
-    begun = [manifest for manifest in before if manifest is not None]
+    found = (earlier(Path(c.out), c.out in resume, device) for c in configs.values())
+    begun = [manifest for manifest in found if manifest is not None]
+    before = begun[0] if begun else None
     if len({manifest["hardware"]["dtype"] for manifest in begun}) > 1:
         raise Apart("They were begun in different number formats.")
+    if any(Kernels.of(one) != Kernels.of(begun[0]) for one in begun):
+        raise Apart("They were begun with different kernels.")
     generators = checkpoint.capture_rng(device)
     models: dict[str, Any] = {}
     for name, config in configs.items():
@@ -141,13 +145,13 @@ def _models(
         models[name] = tree(base.model)
         adapt(config, replace(base, model=models[name]), _Named(config, watcher))
     first = next(iter(configs.values()))
-    choice = number_format(first, base.model, device, begun[0] if begun else None)
+    choice = number_format(first, base.model, device, before)
     for model in models.values():
         if choice.dtype != torch.float32:
             cast_frozen(model, choice.dtype)
         model.to(device)
     watcher.note(f"Base in {choice.name} on {device.type} ({choice.reason}).")
-    bank = Bank(tree(base.model), models, first, common.train, watcher)
+    bank = Bank(tree(base.model), models, first, common.train, watcher, before)
     return bank, {name: Prepared(model, choice, bank.kernels) for name, model in models.items()}
 
 

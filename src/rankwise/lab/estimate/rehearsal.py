@@ -24,7 +24,7 @@ from rankwise.errors import UserError
 from rankwise.kernels import PlainLinear
 from rankwise.lab.estimate.live import Live, Part, Peak
 from rankwise.lab.estimate.overhead import of_process
-from rankwise.layers import LoRAHost, optimize_frozen
+from rankwise.layers import LoRAHost, all_by_seed, optimize_frozen
 from rankwise.layers.fusing import frozen_linear
 from rankwise.targets import find_head
 from rankwise.train.attention import products_up_to
@@ -95,7 +95,7 @@ class Rehearsal:
         self.packed_bytes = _packed_bytes(model, tokens) if chooses else 0
         by_products = products_up_to(model, self.length) if chooses else 0
         if chooses:
-            optimize_frozen(model)  # its dropout, as weights without data cannot be packed
+            all_by_seed(model)
         self._fake, self._live = FakeTensorMode(), Live()
         self._begun = False
         kept = attachment(model).originals.values()  # in memory as well, though no part of it
