@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rankwise.kernels import Frozen, PackedLinear, PlainLinear, can_pack
@@ -11,6 +12,7 @@ from rankwise.layers.layout import is_conv1d
 __all__ = ["frozen_linear", "is_packed", "pack", "unpack"]
 
 _STORED = (nn.Linear, NonDynamicallyQuantizableLinear)  # with the weight as (out, in)
+_DENSE = (nn.Parameter, FakeTensor)  # the second in a rehearsal, where tensors have no numbers
 
 
 def frozen_linear(module: nn.Module) -> Frozen | None:
@@ -25,7 +27,7 @@ def frozen_linear(module: nn.Module) -> Frozen | None:
     stored = type(module) in _STORED
     if (
         not (stored or is_conv1d(module))
-        or type(weight) is not nn.Parameter
+        or type(weight) not in _DENSE
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or not (own is None or type(own) is PackedLinear)

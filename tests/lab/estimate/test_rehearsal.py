@@ -94,6 +94,7 @@ def test_a_step_holds_what_it_holds_on_real_tensors(
         {"accumulate": 3},
         {"dora": True, "init": "pissa", "target_modules": "all-linear"},
         {"freeze_a": True},
+        {"dropout": 0.4, "target_modules": "all-linear"},
     ],
     ids=lambda more: next(iter(more)),
 )
