@@ -267,14 +267,14 @@ class _AdaptedLinear(torch.autograd.Function):
             if train_A[i]:
                 assert inputs is not None
                 assert up is not None
-                dA = (branch.factor * gathered(up, inputs)).to(A.dtype)
+                dA = branch.factor * gathered(up, inputs).to(A.dtype)
             if again:
                 if inputs is None:
                     raise RankwiseError(_NO_INPUT)
                 down = narrow(A.to(inputs.dtype), inputs)
             if train_B[i]:
-                turned = branch.factor * gathered(down, part)
-                dB = turned.T.to(B.dtype, memory_format=torch.contiguous_format)
+                turned = gathered(down, part).T
+                dB = branch.factor * turned.to(B.dtype, memory_format=torch.contiguous_format)
             found += [dA, dB]
         if dx is not None:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
