@@ -116,3 +116,28 @@ def test_flags_of_another_method_are_refused_and_keys_of_a_file_are_not(
     for command in ("plan", "count"):
         model = [words[2]] if command == "count" else ["--model", words[2]]
         assert left(command, *model, "--method", "head", "--r", "4") == 2
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (SystemExit, 143)])
+def test_stopped_while_it_loads_it_says_how_to_go_on(
+    words: list[str | Path],
+    tmp_path: Path,
+    stop: type[BaseException],
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert left(*words, "--r", "2", "--epochs", "1") == 0
+
+    def stopped(*_: object, **__: object) -> None:
+        raise stop(code)
+
+    monkeypatch.setattr("rankwise.train.run.fit", stopped)
+    again = [*words[:-1], tmp_path / "other"]
+    for arguments, said in (
+        (["fit", "--resume", "--out", tmp_path / "run"], f"--resume --out {tmp_path / 'run'}"),
+        (again, "Nothing was begun; the same command begins again."),
+    ):
+        capsys.readouterr()
+        assert left(*arguments) == code
+        assert capsys.readouterr().err.strip().endswith(f"{said}\n\nStopped.")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Generator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,8 +56,24 @@ def command(
         return
     from rankwise.train.run import fit
 
-    result = fit(settings, resume=resume, reporter=make_reporter())
+    with _advised(settings.out):
+        result = fit(settings, resume=resume, reporter=make_reporter())
     _show(result.manifest, str(result.folder))
+
+
+@contextlib.contextmanager
+def _advised(out: str) -> Generator[None]:
+    """Say how to go on where the program is stopped outside the steps, which say so themselves."""
+    from rankwise.train import manifest
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        begun = (Path(out) / manifest.NAME).exists()
+        advice = f"Go on with: rankwise fit --resume --out {out}"
+        said = advice if begun else "Nothing was begun; the same command begins again."
+        print(f"\n{said}", file=sys.stderr)
+        raise
 
 
 def _show(manifest: dict[str, Any], folder: str) -> None:
